@@ -1,0 +1,166 @@
+"""Run: python -m pytest -q tests/test_schedule.py"""
+
+from dataclasses import replace
+
+import pytest
+
+import schedule
+from schedule import PLANNERS, ladder, main, makespan, seed, show, stats, training_windows, verify
+
+LENGTHS = [*range(1, 201), 500, 2300, 10000]
+
+
+@pytest.mark.parametrize("options", ({}, {"red_black": False}, {"max_stride": 1}), ids=str)
+def test_ladder_makes_every_frame_once_from_any_user_frames(options):
+    """verify() agrees, windows have at most 7 frames, and none lies outside the video."""
+    for n in LENGTHS:
+        for given in {(0,), (0, n - 1), (0, n // 3, n // 2), (*range(min(n, 5)),), (n - 1,), (n // 3, n - 1)}:
+            plan = ladder(n, given, **options)
+            verify(plan, n, given)
+            assert sorted([f for w in plan for f in w.new] + list(set(given))) == list(range(n))
+            assert all(len(w.frames) <= 7 and 0 <= w.frames[0] and w.frames[-1] < n for w in plan)
+
+
+def test_seed_makes_every_frame_once_and_pads_less_than_a_loop():
+    """verify() agrees, windows have at most 8 frames, and the plan ends after 7 + 12 loops frames."""
+    for n in LENGTHS:
+        plan = seed(n)
+        verify(plan, n)
+        end = n if n <= 7 else 7 + 12 * -((7 - n) // 12)
+        assert sorted(f for w in plan for f in w.new) == list(range(1, end)) and end - n < 12
+        assert all(len(w.frames) <= 8 for w in plan)
+
+
+@pytest.mark.parametrize("plan", (seed(61), ladder(61), ladder(61, (0, 60)), ladder(61, red_black=False)))
+def test_given_frames_come_from_a_smaller_level(plan):
+    """A window reads the windows in deps, which are earlier in the list, and is one level above the last."""
+    for i, w in enumerate(plan):
+        reads = {j for j, other in enumerate(plan) if set(w.given) & set(other.new)}
+        assert set(w.deps) == reads and all(j < i for j in reads)
+        assert w.level == 1 + max((plan[j].level for j in reads), default=-1)
+
+
+def test_seed_is_the_published_list():
+    """Counted from 1: 1, 2!..7! / 1,2,3,7,11!,15!,19! / 1,2,6,7,8!,9!,10!,11, each loop 12 frames further."""
+    plan = [([f + 1 for f in w.given], [f + 1 for f in w.new], w.stage) for w in seed(121)]
+    assert plan[:7] == [
+        ([1], [2, 3, 4, 5, 6, 7], "starter"), ([1, 2, 3, 7], [11, 15, 19], "extrap"),
+        ([1, 2, 6, 7, 11], [8, 9, 10], "interp"), ([1, 2, 10, 11, 15], [12, 13, 14], "interp"),
+        ([1, 2, 14, 15, 19], [16, 17, 18], "interp"), ([1, 2, 15, 19], [23, 27, 31], "extrap"),
+        ([1, 2, 18, 19, 23], [20, 21, 22], "interp")]
+    assert [(w.given, w.new) for w in seed(5)] == [((0,), (1, 2, 3, 4))] and seed(1) == []
+
+
+@pytest.mark.parametrize("planner, options, figures, deep", [
+    (seed, {}, [(41, 317, 32, 32), (169, 1309, 128, 128), (769, 5959, 578, 578)], 2501),
+    (ladder, {"red_black": False}, [(40, 272, 4, 7), (164, 1142, 10, 22), (755, 5277, 38, 96)], 158),
+    (ladder, {}, [(40, 272, 6, 7), (164, 1142, 12, 22), (755, 5277, 40, 96)], 160),
+    (ladder, {"max_stride": 64}, [(41, 275, 7, 8), (166, 1154, 8, 23), (764, 5338, 15, 97)], 45),
+    (ladder, {"max_stride": 9999}, [(41, 275, 7, 8), (167, 1157, 9, 24), (767, 5355, 11, 99)], 13),
+    (ladder, {"max_stride": 36, "width": 9, "ratio": 6},
+     [(25, 213, 5, 5), (99, 888, 6, 14), (458, 4115, 15, 59)], 50)])
+def test_figures_of_the_plans(planner, options, figures, deep):
+    """Windows, evaluations, levels, makespan on 8 devices at 121, 500 and 2300 frames; levels at 10,000."""
+    for n, expected in zip((121, 500, 2300), figures):
+        plan = planner(n, **options)
+        assert (*list(stats(plan).values())[:3], makespan(plan, 8)) == expected
+        assert makespan(plan, 1) == len(plan) and makespan(plan, len(plan)) == stats(plan)["levels"]
+    assert stats(planner(10000, **options))["levels"] == deep
+
+
+def test_costs_of_small_plans():
+    """Padding is what lies beyond the video; a window that waits for a device holds up those that read it."""
+    assert stats(seed(121), 121)["padding"] == 6 and stats(ladder(121), 121)["padding"] == 0
+    late = schedule.build([((0,), (1,)), ((0,), (2,)), ((0,), (3,)), ((3,), (4,))])
+    assert [makespan(late, devices) for devices in (1, 2, 3)] == [4, 3, 2]
+
+
+def test_keys_are_as_far_apart_as_the_video_and_max_stride_allow():
+    """The stride is the smallest power of the ratio with which 7 frames span the video, up to max_stride."""
+    assert [ladder(n)[0].frames[1] for n in (7, 8, 25, 26, 97, 98)] == [1, 4, 4, 16, 16, 16]
+    assert [ladder(385, max_stride=stride)[0].frames[1] for stride in (3, 63, 64, 300)] == [1, 16, 64, 64]
+
+
+def test_stage_says_what_a_window_does():
+    """starter has one given frame, extrap makes frames outside the given ones, interp between them."""
+    assert [w.stage for w in ladder(121)] == ["starter", "extrap"] + 38 * ["interp"]
+    assert {w.stage for w in ladder(121, (0, 120))} == {"interp"}
+    assert [w.stage for w in ladder(121, (60,))[:2]] == ["starter", "starter"]
+    assert [w.stage for w in ladder(121, (60, 61))[:2]] == ["extrap", "extrap"]
+
+
+@pytest.mark.parametrize("i, changes, sentence", [
+    (1, {"frames": (0, 1, 6, 2, 10, 14, 18)}, "window 1 has frames .* increase strictly"),
+    (1, {"frames": (-1, 1, 2, 6, 10, 14, 18)}, "window 1 has frames .* from 0 on"),
+    (1, {"new": ()}, "window 1 makes .* it must make some of"),
+    (1, {"new": (10, 14, 17)}, "window 1 makes .* it must make some of"),
+    (2, {"new": (6, 7, 8, 9)}, "window 2 makes frame 6, which exists already"),
+    (0, {"new": (0, 1, 2, 3, 4, 5, 6)}, "window 0 makes frame 0, which exists already"),
+    (1, {"frames": (0, 1, 2, 7, 10, 14, 18)}, "window 1 reads frame 7, which does not exist yet"),
+    (2, {"level": 1}, r"window 2 says its .* \('interp', 1, .* make them \('interp', 2, \(0, 1\)\)"),
+    (2, {"deps": (0,)}, r"window 2 says its .* \('interp', 2, \(0,\)\)"),
+    (1, {"stage": "interp"}, r"window 1 says its .* make them \('extrap'"),
+    (4, {"frames": (0, 1, 13, 14, 16, 17, 18), "new": (16, 17)}, r"makes frame 15 \(1 of 19 are missing\)")])
+def test_verify_names_what_is_wrong(i, changes, sentence):
+    """One broken plan per kind of break."""
+    plan = seed(19)
+    plan[i] = replace(plan[i], **changes)
+    with pytest.raises(ValueError, match=sentence):
+        verify(plan, 19)
+
+
+def test_picture_shows_every_window_and_fits_the_terminal():
+    """A row per window, marked as its frames are; the picture in the module's docstring is the real one."""
+    for plan, n in ((ladder(121), 121), (seed(122), 122), (ladder(2300), 2300), (seed(9000), 9000), ([], 1)):
+        lines = show(plan, n).splitlines()
+        assert sum(stage in line for line in lines for stage in schedule.STAGES) == len(plan)
+        assert max(map(len, lines)) <= 140
+    rows = sorted("".join("#" if f in w.new else "c" if f in w.frames else "." for f in range(61))
+                  for w in ladder(61))
+    assert sorted(line[10:] for line in show(ladder(61), 61).splitlines()[1:]) == rows
+    assert all(f"    {row}\n" in schedule.__doc__ for row in show(ladder(17), 17).splitlines()[1:])
+
+
+@pytest.mark.parametrize("n", (19, 61, 121, 127))
+def test_training_windows_are_the_ones_sampling_asks_for(n):
+    """Every window that fits in the clip is there once up to a shift, and frame 0 stays frame 0."""
+    def shape(w):
+        return w.stage, w.frames[0] == 0, *([f - w.frames[0] for f in part] for part in (w.frames, w.new))
+    windows = training_windows("video", n)
+    shapes = [shape(w) for w in windows]
+    plans = ladder(n) + seed(n) + ladder(n, (0, n - 1))
+    asked = [shape(w) for w in plans if w.frames[-1] < n]
+    assert all(shapes.count(s) == 1 for s in asked) and all(s in asked for s in shapes)
+    assert all(w.frames[-1] < n and w.deps == () for w in windows)
+    for stage in schedule.STAGES:
+        assert training_windows(stage, n) == [w for w in windows if w.stage == stage]
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: seed(0), "at least 1 frame, found 0"), (lambda: ladder(-3), "at least 1 frame, found -3"),
+    (lambda: ladder(5, (0, 5)), r"0..4, found \(0, 5\)"), (lambda: ladder(5, ()), "one or more of 0..4"),
+    (lambda: ladder(9, (-1,)), "count them from 0"), (lambda: ladder(9, width=6), "try 4, 7 and 16"),
+    (lambda: ladder(9, ratio=1), "ratio >= 2"), (lambda: ladder(9, max_stride=0), "max_stride >= 1"),
+    (lambda: training_windows("extra", 121), "'extra': choose starter, extrap, interp or video"),
+    (lambda: training_windows("extrap", 97, ("ladder",)), "no extrap .* 98 in the ladder"),
+    (lambda: training_windows("extrap", 18, ("seed",)), "no extrap .* from 19 frames on"),
+    (lambda: makespan(seed(9), 0), "at least 1 device, found 0"), (lambda: verify([], 0), "frame, found 0")])
+def test_impossible_requests_say_what_to_do(call, sentence):
+    """What was found, what was expected, what to do."""
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_the_command_prints_the_plan_and_refuses_in_one_sentence(capsys):
+    """The picture, then the costs; without a plan one sentence instead of an exit code, which means 1."""
+    main(["121"])
+    printed = capsys.readouterr().out
+    assert show(ladder(121), 121) in printed and "40, 21, 11, 7 windows" in printed
+    main(["121", "--schedule", "seed"])
+    assert "41 windows, 32 dependency levels, 317 frame evaluations" in capsys.readouterr().out
+    main(["500", "--max_stride", "64"])
+    assert "8 dependency levels" in capsys.readouterr().out and list(PLANNERS) == ["ladder", "seed"]
+    for argv in (["0"], ["121", "--max_stride", "0"], ["121", "--schedule", "seed", "--max_stride", "16"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert "found" in stop.value.code and "\n" not in stop.value.code
