@@ -1,0 +1,891 @@
+"""The networks: Stable Diffusion 1.5's UNet with time added to it, its VAE, its text encoder and its tokenizer.
+
+The image part keeps the module names of the SD checkpoint, so real weights load as they are. All that is new has
+"temporal" in its name and starts as the identity: a fresh video model equals its image model, frame by frame.
+
+Letters used in shapes, here and everywhere:
+    b batch    c channels    f frames of a window    h, w latent height and width (H, W: of the picture)    d text width
+`t` is the noise level of a frame, an index from 0 (almost clean) to 999 (pure noise), never a moment of the video;
+`frames` are moments of the video, absolute frame indices.
+
+Papers: Rombach et al. 2112.10752 (latent diffusion), Radford et al. 2103.00020 (CLIP), Singer et al. 2209.14792
+(Make-A-Video: pseudo-3D layers), Chen et al. 2407.01392 (Diffusion Forcing: a noise level for every frame).
+"""
+
+import html
+import json
+import math
+import os
+import unicodedata
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+LATENT_SCALE = 0.18215   # SD1.x: latents times this have a standard deviation near 1
+GRID_LIMIT = 65_535      # rows x heads that one attention call may have: above it CUDA kernels refuse their launch grid
+TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
+TEXT_TOKENS = 77         # length of every prompt, start and end tokens and padding included
+
+
+@dataclass(frozen=True)
+class Config:
+    """What defines a set of weights. Saved with them; `PRESETS` holds the two that ship."""
+
+    name: str
+    size: int                                # of a picture, in pixels
+    prediction: str                          # what the UNet says: "eps" or "v"
+    zero_terminal_snr: bool                  # is the last noise level pure noise
+    widths: tuple                            # UNet channels per resolution level
+    res_blocks: int                          # per level
+    attention_levels: tuple                  # levels that have spatial attention
+    heads: int
+    emb_dim: int                             # width of the noise level embedding
+    temporal_emb_dim: int                    # width of what the temporal layers are told about a frame
+    vae_widths: tuple
+    vae_res_blocks: int
+    vae_patch: int                           # pixels folded into channels before the first VAE conv, per axis
+    vae_groups: int                          # of the VAE's GroupNorms
+    text_width: int                          # also the width of the UNet's cross-attention context
+    text_layers: int
+    text_heads: int
+    vocabulary: int                          # 514 = 256 bytes, 256 bytes that end a word, start, end
+    in_channels: int = 4
+    latent_mean: tuple = (0.0, 0.0, 0.0, 0.0)
+    latent_std: tuple = (1 / LATENT_SCALE,) * 4
+
+    @property
+    def vae_factor(self):
+        """How many times smaller than the picture the latents are."""
+        return self.vae_patch * 2 ** (len(self.vae_widths) - 1)
+
+
+PRESETS = {
+    "tiny": Config(
+        name="tiny", size=64, prediction="v", zero_terminal_snr=True,
+        widths=(64, 96, 96), res_blocks=1, attention_levels=(1, 2), heads=4, emb_dim=128, temporal_emb_dim=128,
+        vae_widths=(48, 64), vae_res_blocks=1, vae_patch=2, vae_groups=16,
+        text_width=64, text_layers=2, text_heads=4, vocabulary=514),
+    "sd15": Config(
+        name="sd15", size=512, prediction="eps", zero_terminal_snr=False,
+        widths=(320, 640, 1280, 1280), res_blocks=2, attention_levels=(0, 1, 2), heads=8, emb_dim=1280,
+        temporal_emb_dim=512,
+        vae_widths=(128, 256, 512, 512), vae_res_blocks=2, vae_patch=1, vae_groups=32,
+        text_width=768, text_layers=12, text_heads=12, vocabulary=49408),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+def zero(module):
+    """The same module with all its parameters set to zero: a path that starts closed and that training opens."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoids(values, dim, max_period=10_000):
+    """Sinusoidal embedding of numbers of any shape: (..., dim). Cosines first, then sines, as SD has them."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=values.device) / (dim // 2))
+    angles = values.float()[..., None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q kᵀ / √d) v for q, k, v of shape (rows, heads, tokens, d); `mask` (rows, heads, q, k) is added to the logits.
+
+    Temporal attention has a row for every pixel: many rows, each very short. They go through in chunks that the GPU
+    kernels accept."""
+    rows = max(1, GRID_LIMIT // q.shape[1])
+    if q.shape[0] <= rows:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    chunks = [F.scaled_dot_product_attention(*(x[i:i + rows] for x in (q, k, v)),
+                                             attn_mask=None if mask is None else mask[i:i + rows])
+              for i in range(0, q.shape[0], rows)]
+    return torch.cat(chunks)
+
+
+class Window(NamedTuple):
+    """What temporal layers know about the window they work on. `gap` and `distance` are in frames of the video."""
+
+    b: int
+    f: int
+    gap: torch.Tensor        # (b, f-1) from each frame of the window to the next
+    distance: torch.Tensor   # (b, f, f) signed distance of every two frames
+    emb: torch.Tensor        # (b, f, e) what each frame is told about itself
+
+
+def signed_log(distance):
+    """sign(d) ln(1 + |d|): neighbours are told apart frame by frame, far frames only roughly."""
+    return distance.sign() * distance.abs().log1p()
+
+
+class PseudoConv3d(nn.Conv2d):
+    """A 3x3 conv inside each frame, then a conv of kernel 3 across frames: (b f) c h w -> (b f) c h w.
+
+    The second starts as the identity. Its side taps fade with the gap g to the neighbour as g^-falloff, with one learned
+    falloff per channel: frames that are neighbours in the window may be far apart in the video. Because it is 1x1 in
+    space it is an ordinary matrix product, and no 3D conv is needed."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, padding=1)
+        self.temporal = zero(nn.Conv2d(c_out, 3 * c_out, 1, bias=False))
+        self.temporal_falloff = nn.Parameter(torch.full((c_out,), 0.5))
+
+    def forward(self, x, window=None):
+        x = super().forward(x)
+        if window is None:
+            return x
+        taps = rearrange(self.temporal(x), "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
+        before, here, after = taps
+        fade = window.gap[..., None] ** -self.temporal_falloff                              # (b, f-1, c)
+        fade = fade[..., None, None].to(x.dtype)
+        out = here.clone()
+        out[:, 1:] = out[:, 1:] + before[:, :-1] * fade
+        out[:, :-1] = out[:, :-1] + after[:, 1:] * fade
+        return x + rearrange(out, "b f c h w -> (b f) c h w")
+
+
+class TemporalAttention(nn.Module):
+    """Each pixel attends to itself in the other frames of the window: (b f) c h w -> (b f) c h w, identity at the start.
+
+    Frames are told apart by a bias per head, a function of their signed distance, and by the embedding of each frame."""
+
+    def __init__(self, channels, heads, emb_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.emb = zero(nn.Linear(emb_dim, channels))
+        self.bias = nn.Sequential(nn.Linear(32, 32), nn.SiLU(), zero(nn.Linear(32, heads, bias=False)))
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.to_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x, window):
+        h, w = x.shape[-2:]
+        tokens = rearrange(x, "(b f) c h w -> b (h w) f c", b=window.b)
+        tokens = self.norm(tokens) + self.emb(window.emb)[:, None]
+        q, k, v = rearrange(self.to_qkv(tokens), "b n f (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
+        bias = self.bias(sinusoids(10 * signed_log(window.distance), 32))                    # (b, f, f, heads)
+        bias = repeat(bias.to(q.dtype), "b i j heads -> (b n) heads i j", n=h * w)
+        out = rearrange(attention(q, k, v, bias), "(b n) heads f d -> b n f (heads d)", b=window.b)
+        return x + rearrange(self.to_out(out), "b (h w) f c -> (b f) c h w", h=h)
+
+
+class ResBlock(nn.Module):
+    """Two convs with the noise level added between them. GroupNorm has SD's eps of 1e-5 here, and 1e-6 everywhere else.
+
+    It pools within one frame, so nothing depends on how many frames a window has."""
+
+    def __init__(self, c_in, c_out, emb_dim):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0), PseudoConv3d(c_out, c_out))
+        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb, window=None):
+        hidden = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        norm, silu, _, conv = self.out_layers
+        return self.skip_connection(x) + conv(silu(norm(hidden)), window)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens (rows, n, c) to themselves, or to a text (b, 77, d) that all rows of a video share."""
+
+    def __init__(self, channels, heads, context_dim=None):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0))
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        rows, groups = x.shape[0], context.shape[0]
+        q = rearrange(self.to_q(x), "(b f) n (heads d) -> b heads (f n) d", b=groups, heads=self.heads)
+        k, v = (rearrange(to(context), "b n (heads d) -> b heads n d", heads=self.heads) for to in (self.to_k, self.to_v))
+        out = rearrange(attention(q, k, v), "b heads (f n) d -> (b f) n (heads d)", f=rows // groups)
+        return self.to_out(out)
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose second half gates the first (Shazeer 2002.05202)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """c -> 4c -> c on every token."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; each normalised before and added to its input."""
+
+    def __init__(self, channels, heads, context_dim):
+        super().__init__()
+        self.attn1 = CrossAttention(channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = CrossAttention(channels, heads, context_dim)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Attention between the pixels of one frame, and from them to the text: (b f) c h w -> (b f) c h w."""
+
+    def __init__(self, channels, heads, context_dim):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, context):
+        h = x.shape[-2]
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h))
+
+
+class Downsample(nn.Module):
+    """Half the size, by a conv of stride 2."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then a conv. The VAE uses it too."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The UNet
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Stage(nn.Module):
+    """One numbered entry of SD's input_blocks or output_blocks: its layers, and our temporal attention after them.
+
+    Temporal attention stands before a change of size, so that it works at the resolution its features were made at."""
+
+    def __init__(self, *layers, temporal=None):
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(str(i), layer)
+        self.layers = range(len(layers))
+        self.temporal = temporal
+
+    def forward(self, x, emb, context, window=None):
+        for i in self.layers:
+            layer = self.get_submodule(str(i))
+            if isinstance(layer, Upsample) and window is not None:
+                x = self.temporal(x, window)
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, window)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        if self.temporal is not None and window is not None and not isinstance(layer, Upsample):
+            x = self.temporal(x, window)
+        return x
+
+
+class FrameEmbedding(nn.Module):
+    """What the temporal layers are told about each frame: (b, f, e).
+
+    Its own noise level, how far the nearest given frames before and after it are and how noisy they are, where it stands
+    in the window, and the text: a wind blowing left cannot be seen in a picture. The text is read by four learned queries."""
+
+    def __init__(self, dim, context_dim):
+        super().__init__()
+        self.text_queries = nn.Linear(context_dim, 4, bias=False)
+        self.text = nn.Linear(4 * context_dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(64 + 5 * 32 + 3, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t, frames, given, before, after, context):
+        known = torch.stack([given, before >= 0, after >= 0], dim=-1).float()                # (b, f, 3)
+        at = lambda values, index: values.gather(1, index.clamp(min=0))
+        first_new = at(frames, (~given).int().argmax(1, keepdim=True))                       # (b, 1)
+        places = [frames - at(frames, before), at(frames, after) - frames, frames - first_new]
+        parts = [sinusoids(t, 64), *(sinusoids(10 * signed_log(place), 32) for place in places)]
+        parts += [sinusoids(at(t, index), 32) for index in (before, after)]
+        weights = self.text_queries(context).softmax(dim=1)                                  # (b, 77, 4)
+        text = self.text((weights.transpose(1, 2) @ context).flatten(1))                     # (b, e)
+        features = torch.cat([*parts, known], dim=-1).to(text.dtype)
+        return F.silu(self.mlp(features) + text[:, None])
+
+
+def nearest_given(given):
+    """For every frame of a window the index of the nearest given frame at or before it, and at or after it, or -1.
+
+    given: (b, f) bool. Returns two (b, f) int tensors."""
+    f = given.shape[1]
+    index = torch.arange(f, device=given.device).expand_as(given)
+    before = torch.where(given, index, -1).cummax(1).values
+    after = torch.where(given, index, f).flip(1).cummin(1).values.flip(1)
+    return before, torch.where(after == f, -1, after)
+
+
+class UNet(nn.Module):
+    """SD1.5's UNet (Rombach et al.) with temporal layers: says what was added to the latents, or v, per frame.
+
+    On top of the temporal layers come two zero-initialised paths for the given frames, `temporal_hint` at the entrance and
+    `temporal_skip` at the exit. The first shows every frame the latents of the nearest given frames; the second can answer
+    with a mixture of its own noisy latents and theirs, weighted per channel by what the frame is told about itself. That is
+    the linear part of the best guess (copy, or blend the two ends), so that the network only has to learn what is left."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, widths, emb = config, config.widths, config.emb_dim
+        self.checkpoint_every = 0                         # recompute every so-manieth stage in the backward pass; 0: none
+        self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def stage(c_in, c_out, attend, *more):
+            layers = [ResBlock(c_in, c_out, emb)]
+            if attend:
+                layers.append(SpatialTransformer(c_out, c.heads, c.text_width))
+            return Stage(*layers, *more, temporal=TemporalAttention(c_out, c.heads, c.temporal_emb_dim))
+
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, widths[0], 3, padding=1))])
+        ch, skips = widths[0], [widths[0]]
+        for level, width in enumerate(widths):
+            for _ in range(c.res_blocks):
+                self.input_blocks.append(stage(ch, width, level in c.attention_levels))
+                ch = width
+                skips.append(ch)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Stage(Downsample(ch)))
+                skips.append(ch)
+
+        self.middle_block = Stage(ResBlock(ch, ch, emb), SpatialTransformer(ch, c.heads, c.text_width),
+                                  ResBlock(ch, ch, emb), temporal=TemporalAttention(ch, c.heads, c.temporal_emb_dim))
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(c.res_blocks + 1):
+                up = [Upsample(width)] if level > 0 and i == c.res_blocks else []
+                self.output_blocks.append(stage(ch + skips.pop(), width, level in c.attention_levels, *up))
+                ch = width
+        self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, 4, 3, padding=1))
+
+        self.temporal_embed = FrameEmbedding(c.temporal_emb_dim, c.text_width)
+        self.temporal_hint = zero(nn.Conv2d(2 * 4 + 1, widths[0], 3, padding=1))
+        self.temporal_skip = zero(nn.Linear(c.temporal_emb_dim, 3 * 4))
+
+    def forward(self, x, t, context, frames=None, given=None, temporal=True):
+        """x: latents (b, c, f, h, w), or (b, c, h, w) for pictures. t: noise levels (b, f), or (b,). context: text (b, 77, d).
+        frames: absolute frame indices (b, f), default 0, 1, 2 ... given: (b, f) bool, the frames that are known, default none.
+        temporal=False, or a single frame, is plain Stable Diffusion. Returns eps or v, in the shape of x with 4 channels."""
+        if x.dim() == 4:
+            return self(x[:, :, None], t[:, None], context)[:, :, 0]
+        b, c, f, h, w = x.shape
+        if t.shape != (b, f):
+            raise ValueError(f"the UNet got noise levels t of shape {tuple(t.shape)} for latents {tuple(x.shape)}; "
+                             f"it needs one level per frame, shape {(b, f)}")
+        smallest = 2 ** sum(isinstance(stage.get_submodule("0"), Downsample) for stage in self.input_blocks)
+        if h % smallest or w % smallest:
+            raise ValueError(f"the UNet got latents of {h}x{w}; height and width must be multiples of {smallest}: "
+                             "resize the pictures")
+        window = hint = None
+        images = rearrange(x, "b c f h w -> (b f) c h w")
+        if temporal and f > 1:
+            window, hint, neighbours = self.look_around(x, t, context, frames, given)
+        emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
+        emb = self.time_embed(emb)                                                           # (b f, emb)
+
+        skips, hidden = [], images
+        for i, stage in enumerate(self.input_blocks):
+            hidden = self.run(i, stage, hidden, emb, context, window)
+            if i == 0 and hint is not None:
+                hidden = hidden + self.temporal_hint(hint)
+            skips.append(hidden)
+        hidden = self.run(0, self.middle_block, hidden, emb, context, window)
+        for i, stage in enumerate(self.output_blocks):
+            hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
+        out = rearrange(self.out(hidden), "(b f) c h w -> b c f h w", b=b)
+        if window is not None:
+            gates = rearrange(self.temporal_skip(window.emb), "b f (k c) -> k b c f 1 1", k=3)
+            out = out + sum(gate * latents for gate, latents in zip(gates, neighbours))
+        return out
+
+    def look_around(self, x, t, context, frames, given):
+        """What the temporal layers and the two paths for the given frames work with: the window, the hint at the entrance
+        (b f, 9, h, w), and the three latents that the exit may mix, each (b, 4, f, h, w)."""
+        b, c, f, h, w = x.shape
+        frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
+        given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
+        before, after = nearest_given(given)
+        emb = self.temporal_embed(t, frames, given, before, after, context)
+        window = Window(b, f, frames.diff(dim=1).to(emb.dtype), frames[:, :, None] - frames[:, None, :], emb)
+
+        def latents_of(index):                            # zeros where there is no given frame on that side
+            taken = x[:, :4].gather(2, index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w))
+            return taken * (index >= 0)[:, None, :, None, None]
+
+        neighbours = x[:, :4], latents_of(before), latents_of(after)
+        flag = given[:, None, :, None, None].expand(b, 1, f, h, w).to(x.dtype)
+        hint = rearrange(torch.cat([*neighbours[1:], flag], dim=1), "b c f h w -> (b f) c h w")
+        return window, hint, neighbours
+
+    def run(self, i, stage, x, emb, context, window):
+        """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.
+
+        The older re-entrant kind of checkpointing trains nothing, in silence, when the input needs no gradient."""
+        if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
+            return checkpoint(stage, x, emb, context, window, use_reentrant=False)
+        return stage(x, emb, context, window)
+
+
+def is_temporal(name):
+    """Does a parameter of the UNet belong to the layers that the video stages train? All others are the image model."""
+    return "temporal" in name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The VAE
+# ---------------------------------------------------------------------------------------------------------------------
+
+class VAEResBlock(nn.Module):
+    """The ResBlock of the VAE: no noise level, its own names, and GroupNorm with eps 1e-6."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return hidden + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class VAEAttention(nn.Module):
+    """Attention with one head between all pixels of a frame, as 1x1 convs."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        hidden = self.norm(x)
+        q, k, v = (rearrange(to(hidden), "b c h w -> b 1 (h w) c") for to in (self.q, self.k, self.v))
+        return x + self.proj_out(rearrange(attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[-2]))
+
+
+class VAEDownsample(nn.Module):
+    """Half the size. SD pads only on the right and at the bottom here."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+def vae_middle(channels, groups):
+    """Block, attention, block at the smallest size, under SD's names."""
+    return nn.ModuleDict({"block_1": VAEResBlock(channels, channels, groups), "attn_1": VAEAttention(channels, groups),
+                          "block_2": VAEResBlock(channels, channels, groups)})
+
+
+class Encoder(nn.Module):
+    """Pictures (n, 3 patch², H/patch, W/patch) -> mean and log-variance of the latents, (n, 8, h, w) before quant_conv."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.vae_widths, config.vae_groups
+        self.conv_in = nn.Conv2d(3 * config.vae_patch ** 2, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        ch = widths[0]
+        for level, width in enumerate(widths):
+            blocks = nn.ModuleList([VAEResBlock(ch if i == 0 else width, width, groups) for i in range(config.vae_res_blocks)])
+            self.down.append(nn.ModuleDict({"block": blocks}))
+            ch = width
+            if level < len(widths) - 1:
+                self.down[-1]["downsample"] = VAEDownsample(ch)
+        self.mid = vae_middle(ch, groups)
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, ch, eps=1e-6), nn.Conv2d(ch, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level["block"]:
+                x = block(x)
+            if "downsample" in level:
+                x = level["downsample"](x)
+        for layer in self.mid.values():
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (n, 4, h, w) -> pictures (n, 3 patch², H/patch, W/patch)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.vae_widths, config.vae_groups
+        ch = widths[-1]
+        self.conv_in = nn.Conv2d(4, ch, 3, padding=1)
+        self.mid = vae_middle(ch, groups)
+        up = []
+        for level, width in reversed(list(enumerate(widths))):
+            blocks = [VAEResBlock(ch if i == 0 else width, width, groups) for i in range(config.vae_res_blocks + 1)]
+            up.insert(0, nn.ModuleDict({"block": nn.ModuleList(blocks)}))
+            ch = width
+            if level > 0:
+                up[0]["upsample"] = Upsample(ch)
+        self.up = nn.ModuleList(up)                       # numbered by resolution: the last entry runs first
+        self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.conv_out = nn.Conv2d(ch, 3 * config.vae_patch ** 2, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        for layer in self.mid.values():
+            x = layer(x)
+        for level in reversed(self.up):
+            for block in level["block"]:
+                x = block(x)
+            if "upsample" in level:
+                x = level["upsample"](x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """SD's autoencoder (Rombach et al., section 3.1). Works frame by frame; `encode` and `decode` speak in videos."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
+
+    def moments(self, images):
+        """Pictures (n, 3, H, W) in [-1, 1] -> mean and log-variance of their unscaled latents, (n, 4, h, w) each."""
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.vae_patch))).chunk(2, dim=1)
+
+    def pictures(self, z):
+        """Unscaled latents (n, 4, h, w) -> pictures (n, 3, H, W) in about [-1, 1]."""
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.vae_patch)
+
+    def scaling(self, latents):
+        """Mean and standard deviation of the unscaled latents per channel, shaped to match (b, 4, f, h, w)."""
+        return (torch.tensor(v, device=latents.device, dtype=latents.dtype).view(1, 4, 1, 1, 1)
+                for v in (self.config.latent_mean, self.config.latent_std))
+
+    def encode(self, video, chunk=16):
+        """video (b, 3, f, H, W) in [-1, 1] -> latents (b, 4, f, h, w), scaled to mean 0 and deviation 1; `chunk` frames
+        at a time. The mean is taken, not a sample: the same picture has the same latents every time."""
+        factor = self.config.vae_factor
+        if video.shape[-1] % factor or video.shape[-2] % factor:
+            raise ValueError(f"a picture of {video.shape[-2]}x{video.shape[-1]} pixels cannot be encoded: height and width must "
+                             f"be multiples of {factor}; resize it")
+        frames = rearrange(video, "b c f H W -> (b f) c H W")
+        z = torch.cat([self.moments(part)[0] for part in frames.split(chunk)])
+        latents = rearrange(z, "(b f) c h w -> b c f h w", b=video.shape[0])
+        mean, std = self.scaling(latents)
+        return (latents - mean) / std
+
+    def decode(self, latents, chunk=16):
+        """Latents (b, 4, f, h, w) -> video (b, 3, f, H, W) in [-1, 1], `chunk` frames at a time."""
+        mean, std = self.scaling(latents)
+        z = rearrange(latents * std + mean, "b c f h w -> (b f) c h w")
+        frames = torch.cat([self.pictures(part) for part in z.split(chunk)])
+        return rearrange(frames, "(b f) c H W -> b c f H W", b=latents.shape[0]).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+class TextAttention(nn.Module):
+    """Causal self-attention with CLIP's names."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (rearrange(to(x), "b n (heads d) -> b heads n d", heads=self.heads)
+                   for to in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(out, "b heads n d -> b n (heads d)"))
+
+
+class TextLayer(nn.Module):
+    """One transformer layer of CLIP: pre-norm, quick GELU x·σ(1.702 x)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.self_attn = TextAttention(width, heads)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        hidden = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](hidden * torch.sigmoid(1.702 * hidden))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower (Radford et al.): token ids (b, 77) -> context (b, 77, d), after the final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.text_width
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(config.vocabulary, width),
+                                         "position_embedding": nn.Embedding(TEXT_TOKENS, width)})
+        layers = nn.ModuleList([TextLayer(width, config.text_heads) for _ in range(config.text_layers)])
+        self.encoder = nn.ModuleDict({"layers": layers})
+        self.final_layer_norm = nn.LayerNorm(width)
+        for embedding in self.embeddings.values():
+            nn.init.normal_(embedding.weight, std=0.02 if width > 256 else 0.3)
+
+    def forward(self, tokens):
+        x = self.embeddings["token_embedding"](tokens) + self.embeddings["position_embedding"].weight[:tokens.shape[1]]
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+
+@lru_cache
+def byte_symbols():
+    """A printable character for each of the 256 bytes, in the order of CLIP's vocabulary: printable ones stand for
+    themselves and come first, the others take characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {byte: chr(byte) for byte in printable}
+    for i, byte in enumerate(b for b in range(256) if b not in symbols):
+        symbols[byte] = chr(256 + i)
+    return symbols
+
+
+def split_words(text):
+    """A cleaned text as the list of pieces that byte pairs never cross: runs of letters, single digits, runs of other
+    signs, and the English endings 's 't 're 've 'm 'll 'd."""
+    words, i = [], 0
+    kind = lambda ch: " " if ch.isspace() else unicodedata.category(ch)[0] if unicodedata.category(ch)[0] in "LN" else "*"
+    while i < len(text):
+        ending = next((e for e in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(e, i)), None)
+        special = next((s for s in ("<|startoftext|>", "<|endoftext|>") if text.startswith(s, i)), None)
+        if special or ending:
+            words.append(special or ending)
+        elif kind(text[i]) == "N":
+            words.append(text[i])
+        else:
+            words.append("".join(next(groupby(text[i:], kind))[1]))
+        i += len(words[-1])
+    return [word for word in words if not word.isspace()]
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer. `merges`: its list of pairs, best first; without one, the plain bytes of the tiny preset."""
+
+    def __init__(self, merges=()):
+        symbols = list(byte_symbols().values())
+        pairs = [tuple(merge.split()) for merge in merges]
+        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs] + ["<|startoftext|>", "<|endoftext|>"]
+        self.merges = list(merges)
+        self.ids = {symbol: i for i, symbol in enumerate(vocabulary)}
+        self.ranks = {pair: i for i, pair in enumerate(pairs)}
+        self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
+
+    def pieces(self, word):
+        """One word as the symbols that are left when the best-ranked neighbours have been joined again and again."""
+        parts = [byte_symbols()[byte] for byte in word.encode()]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+            if best not in self.ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                two = tuple(parts[i:i + 2]) == best
+                joined.append("".join(parts[i:i + 1 + two]))
+                i += 1 + two
+            parts = joined
+        return parts
+
+    def encode(self, text):
+        """The ids of a text, with start and end token, cut so that the end token still fits."""
+        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        ids = [self.ids[word] if word in ("<|startoftext|>", "<|endoftext|>") else self.ids[piece]
+               for word in split_words(text)
+               for piece in ([word] if word in ("<|startoftext|>", "<|endoftext|>") else self.pieces(word))]
+        return [self.start, *ids[:TEXT_TOKENS - 2], self.end]
+
+    def __call__(self, texts):
+        """Texts -> ids (n, 77), padded with the end token as SD1.x has it."""
+        rows = [self.encode(text) for text in texts]
+        return torch.tensor([row + [self.end] * (TEXT_TOKENS - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it together, and on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
+            "text": "cond_stage_model.transformer.text_model."}   # as in SD's own single file
+
+
+@dataclass
+class Model:
+    """The three networks of a preset with their tokenizer. `about` is what the weights file says of itself."""
+
+    config: Config
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    tokenizer: Tokenizer
+    about: dict = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, config, merges=()):
+        """A model with fresh random weights."""
+        return cls(config, UNet(config), VAE(config), TextEncoder(config), Tokenizer(merges))
+
+    def networks(self):
+        """The three networks by name."""
+        return {"unet": self.unet, "vae": self.vae, "text": self.text}
+
+    def to(self, device):
+        """Move all networks; returns self. The UNet's convolutions are faster with the channels last in memory."""
+        for network in self.networks().values():
+            network.to(device)
+        self.unet.to(memory_format=torch.channels_last)
+        return self
+
+    def context(self, prompts):
+        """Text embeddings of a list of prompts: (n, 77, d)."""
+        device = next(self.text.parameters()).device
+        return self.text(self.tokenizer(prompts).to(device))
+
+    def set_latent_scaling(self, mean, std):
+        """Take over the mean and deviation of the latents, measured when the VAE had been trained."""
+        self.config = replace(self.config, latent_mean=tuple(mean), latent_std=tuple(std))
+        self.vae.config = self.config
+
+
+def choose_device(name=None):
+    """The torch device to run on, and why."""
+    if name:
+        return torch.device(name), "as --device says"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU"
+    return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
+
+
+def save_weights(path, model, dtype=torch.float16, parts=("unet", "vae", "text"), only=None, **about):
+    """Write a model as one safetensors file with SD's key names; `only` filters the names of the UNet's parameters.
+
+    The file appears under its name when it is complete, never before."""
+    tensors = {PREFIXES[part] + name: tensor.detach().to("cpu", dtype).contiguous()
+               for part in parts for name, tensor in model.networks()[part].state_dict().items()
+               if part != "unet" or only is None or only(name)}
+    metadata = {"format": "nanovideo", "config": json.dumps(asdict(model.config)),
+                "merges": "\n".join(model.tokenizer.merges), "about": json.dumps({**model.about, **about})}
+    save_file(tensors, f"{path}.tmp", metadata=metadata)
+    os.chmod(f"{path}.tmp", 0o644)                        # safetensors makes files that only their owner can read
+    os.replace(f"{path}.tmp", path)
+
+
+def read_weights(path):
+    """The config, merges, description and tensors of a file that `save_weights` wrote. Raises ValueError with one sentence."""
+    if not os.path.exists(path):
+        raise ValueError(f"no weights file at {path}: the tiny preset's are assets/tiny.safetensors; for sd15 run "
+                         f"convert_sd_weights.py on a Stable Diffusion 1.x checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "nanovideo":
+                raise ValueError(f"{path} is a safetensors file, but not one of ours: run convert_sd_weights.py on a Stable "
+                                 f"Diffusion 1.x checkpoint first")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): give the weights file that train.py or "
+                         f"convert_sd_weights.py wrote") from None
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(metadata["config"]).items()}
+    merges = metadata["merges"].split("\n") if metadata["merges"] else []
+    return Config(**fields), merges, json.loads(metadata["about"]), tensors
+
+
+def fill(model, tensors, path, parts=("unet", "vae", "text"), temporal="optional"):
+    """Copy tensors into the networks `parts` of a model. Every tensor must fit and every parameter be there; temporal layers
+    may be missing altogether ("optional"), must be there ("required"), or are all the file holds ("only")."""
+    wanted = {PREFIXES[part] + name: tensor for part in parts for name, tensor in model.networks()[part].state_dict().items()}
+    if temporal == "only":
+        wanted = {key: tensor for key, tensor in wanted.items() if is_temporal(key)}
+        tensors = {key: tensor for key, tensor in tensors.items() if is_temporal(key)}
+    elif temporal == "optional" and not any(is_temporal(key) for key in tensors):
+        wanted = {key: tensor for key, tensor in wanted.items() if not is_temporal(key)}
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    shapes = [key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape]
+    for problem, keys in (("lacks", missing), ("has unknown", extra), ("has the wrong shape for", shapes)):
+        if keys:
+            raise ValueError(f"{path} {problem} {len(keys)} tensors for preset {model.config.name}: {', '.join(keys[:8])}"
+                             f"{' ...' if len(keys) > 8 else ''}; give a file of this preset and stage")
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(tensors[key])
+
+
+def load_weights(path, preset=None):
+    """The model in a weights file, in float32 on the CPU, in eval mode. Raises ValueError when it is of another preset."""
+    config, merges, about, tensors = read_weights(path)
+    if preset is not None and config.name != preset:
+        raise ValueError(f"{path} holds weights of preset {config.name}, but --preset is {preset}: give the other file or the "
+                         f"other preset")
+    if not any(key.startswith(PREFIXES["vae"]) for key in tensors):
+        raise ValueError(f"{path} holds only the temporal layers of stage {about.get('stage')}: give it as --stage_weights "
+                         f"beside a full weights file")
+    model = Model.build(config, merges)
+    model.about = about
+    fill(model, tensors, path)
+    for network in model.networks().values():
+        network.eval().requires_grad_(False)
+    return model
