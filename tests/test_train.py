@@ -1,0 +1,218 @@
+"""pytest tests/test_train.py: a run resumes exactly, trains what it says, starts where the image model is."""
+
+import csv
+import os
+
+import pytest
+import torch
+
+import train
+from diffusion import NoiseSchedule
+from model import PREFIXES, Model, is_temporal, load_weights, read_weights, save_weights
+
+
+def arguments(tmp_path, base, stage="interp", **changes):
+    """A command line for a run of a few short steps."""
+    options = dict(stage=stage, out=tmp_path / stage, max_steps=4, batch_size=2, worlds=2, frames=31,
+                   warmup_steps=2, val_every=100, sample_every=0, save_every=100)
+    options |= ({"weights": base} if stage != "vae" else {}) | changes
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
+    """20 steps == 10 steps, a crash, --resume, 10 steps.
+
+    Weights, average, optimizer, data order and log, bit for bit."""
+    options = dict(max_steps=20, save_every=10)
+    train.main(arguments(tmp_path / "whole", small_weights, **options))
+    update = train.update_ema
+
+    def crash(ema, parameters, decay, step):
+        if step == 14:
+            raise KeyboardInterrupt
+        update(ema, parameters, decay, step)
+
+    monkeypatch.setattr(train, "update_ema", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tmp_path / "cut", small_weights, **options))
+    monkeypatch.setattr(train, "update_ema", update)
+    train.main(arguments(tmp_path / "cut", small_weights, **options) + ["--resume", "auto"])
+
+    folders = [tmp_path / run / "interp" for run in ("whole", "cut")]
+    whole, cut = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in folders)
+    assert whole["step"] == cut["step"] == 20
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part])
+    for one, other in zip(whole["optimizer"]["state"].values(), cut["optimizer"]["state"].values()):
+        assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    losses = [[row["loss"] for row in csv.DictReader(open(folder / "log.csv"))] for folder in folders]
+    assert losses[0] == losses[1] and len(losses[0]) == 21
+
+
+def test_video_stage_starts_at_the_loss_of_its_image_model(tmp_path, small_weights):
+    """Fresh temporal layers are the identity.
+
+    The first validation loss is that of temporal=False, in every quarter."""
+    args = train.parse(arguments(tmp_path, small_weights))
+    model = train.prepare_model(args)
+    schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr)
+    batches = [train.prepare_data(args, model, "val", torch.device("cpu"))(0)]
+    with_time = train.validation_loss(model, schedule, batches, args, torch.device("cpu"))
+    args.stage = "image"
+    without = train.validation_loss(model, schedule, batches, args, torch.device("cpu"))
+    assert with_time[0] == pytest.approx(without[0], abs=1e-6)
+    assert with_time[1] == pytest.approx(without[1], abs=1e-6)
+
+
+def test_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, small_weights):
+    """After a run every frozen parameter is untouched, and the stage file holds the temporal layers only."""
+    train.main(arguments(tmp_path, small_weights, export=tmp_path / "all.safetensors"))
+    before, after = load_weights(small_weights), load_weights(str(tmp_path / "all.safetensors"))
+    for name, tensor in before.unet.state_dict().items():
+        changed = not torch.equal(tensor.half(), after.unet.state_dict()[name].half())
+        assert not changed or is_temporal(name), name
+    old, new = before.unet.state_dict(), after.unet.state_dict()
+    assert any(not torch.equal(old[name].half(), tensor.half()) for name, tensor in new.items())
+    keys = read_weights(str(tmp_path / "interp" / "weights.safetensors"))[3].keys()
+    assert keys and all(is_temporal(key) and key.startswith(PREFIXES["unet"]) for key in keys)
+
+
+def test_every_stage_runs_from_nothing_to_a_model_that_loads(tmp_path, small_config, monkeypatch):
+    """vae -> image -> video, each from the file of the one before; the export holds all three recipes."""
+    monkeypatch.setitem(train.PRESETS, "tiny", small_config)
+    train.main(arguments(tmp_path, None, stage="vae"))
+    train.main(arguments(tmp_path, tmp_path / "vae" / "weights.safetensors", stage="image"))
+    train.main(arguments(tmp_path, tmp_path / "image" / "weights.safetensors", stage="video",
+                         export=tmp_path / "all.safetensors"))
+    model = load_weights(str(tmp_path / "all.safetensors"), "tiny")
+    assert [recipe["stage"] for recipe in model.about["recipes"]] == ["vae", "image", "video"]
+    assert model.config.latent_std != small_config.latent_std
+    for stage in ("vae", "image", "video"):
+        folder = tmp_path / stage
+        assert {"args.json", "ckpt.pt", "log.csv", "weights.safetensors"} <= set(os.listdir(folder))
+        assert (folder / "samples" / "final.png").exists()
+        header = open(folder / "log.csv").readline().strip().split(",")
+        assert header == train.COLUMNS
+
+
+def test_loss_falls_when_one_batch_is_seen_again_and_again(tmp_path, small_weights, monkeypatch):
+    """Overfitting one batch with fixed noise.
+
+    Temporal layers alone bring the loss well below that of the image model."""
+    args = train.parse(arguments(tmp_path, small_weights))
+    model = train.prepare_model(args)
+    trainable = train.trainable_parameters(model, "interp")
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+    schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr)
+    batch = train.prepare_data(args, model, "train", torch.device("cpu"))(0)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
+    losses = []
+    for _ in range(150):
+        loss = train.training_loss(model, schedule, batch, 0, args, torch.device("cpu"))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, small_weights):
+    """Two halves of a batch at half weight give the gradient of the batch.
+
+    --gradient_accumulation_steps relies on it."""
+    args = train.parse(arguments(tmp_path, small_weights, batch_size=4, caption_dropout=0.0))
+    model = train.prepare_model(args)
+    trainable = train.trainable_parameters(model, "interp")
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    schedule = NoiseSchedule("v", True)
+    batch = train.prepare_data(args, model, "train", torch.device("cpu"))(0)
+    t_new, t_aug = torch.tensor([900, 500, 100, 300]), torch.tensor([0, 50, 100, 200])
+    grads = []
+    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+        model.unet.zero_grad()
+        noise = torch.Generator().manual_seed(0)  # one stream: the halves see the noise of the whole batch
+        for part in parts:
+            some = {key: value[part] for key, value in batch.items()}
+            loss = train.diffusion_loss(model, schedule, some, t_new[part], t_aug[part], noise, args,
+                                        some["captions"])
+            (loss.mean() / len(parts)).backward()
+        grads.append([parameter.grad.clone() for parameter in trainable.values()])
+    for one, other in zip(*grads):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_comes_down_to_zero(tmp_path):
+    """A line up over the warm-up, half a cosine down to 0 at the last step, never above the peak."""
+    args = train.parse(["--stage", "vae", "--max_steps", "100", "--warmup_steps", "10",
+                        "--learning_rate", "1"])
+    rates = [train.get_learning_rate(step, args) for step in range(101)]
+    assert rates[0] < 0.11 and max(rates) < 1 and rates.index(max(rates)) == 9 and rates[100] < 1e-6
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_dry_run_touches_nothing(tmp_path, small_weights, capsys):
+    """--dry_run says what would be trained and leaves no file."""
+    train.main(arguments(tmp_path, small_weights) + ["--dry_run"])
+    assert "trainable" in capsys.readouterr().out and not os.listdir(tmp_path)
+
+
+def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_weights, monkeypatch):
+    """The UNet is shown t = 0 and untouched latents for the user's frames.
+
+    t_aug where the plan made them, t_new else."""
+    args = train.parse(arguments(tmp_path, small_weights, batch_size=3))
+    model = train.prepare_model(args)
+    batch = train.prepare_data(args, model, "train", torch.device("cpu"))(3)
+    batch["user"] = batch["given"] & (torch.arange(batch["given"].shape[1]) == 0)
+    seen = {}
+
+    def unet(x, t, context, frames, given, temporal):
+        seen.update(x=x, t=t)
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(model, "unet", unet)
+    t_new, t_aug = torch.tensor([900, 800, 700]), torch.tensor([100, 50, 0])
+    schedule = NoiseSchedule("v", True)
+    train.diffusion_loss(model, schedule, batch, t_new, t_aug, torch.Generator(), args, batch["captions"])
+    for row in range(3):
+        for place in range(batch["given"].shape[1]):
+            given, user = batch["given"][row, place], batch["user"][row, place]
+            wanted = 0 if user else t_aug[row] if given else t_new[row]
+            same = torch.equal(seen["x"][row, :, place], batch["latents"][row, :, place])
+            assert seen["t"][row, place] == wanted and same == (wanted == 0)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, small_weights):
+    """A second run into the same folder is refused, and the first stays as it was."""
+    train.main(arguments(tmp_path, small_weights, max_steps=1))
+    before = (tmp_path / "interp" / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main(arguments(tmp_path, small_weights, max_steps=1))
+    assert (tmp_path / "interp" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"stage": "extrap", "resume": "interp/ckpt.pt"}, "checkpoint of stage interp"),
+    ({"learning_rate": 1e-5, "resume": "auto"}, "learning_rate"),
+    ({"resume": "missing.pt"}, "no checkpoint"),
+    ({"weights": "missing.safetensors"}, "no weights file"),
+    ({"weights": "interp/weights.safetensors"}, "only the temporal layers"),
+])
+def test_wrong_files_are_named(tmp_path, small_weights, change, words):
+    """A checkpoint of another stage or with other settings, or weights that are none: nothing is started.
+
+    One sentence says why."""
+    train.main(arguments(tmp_path, small_weights, max_steps=1))
+    is_path = lambda key, value: isinstance(value, str) and value != "auto" and key != "stage"
+    fixed = {key: tmp_path / value if is_path(key, value) else value for key, value in change.items()}
+    with pytest.raises(ValueError, match=words):
+        train.main(arguments(tmp_path, small_weights, **({"max_steps": 1} | fixed)))
+
+
+def test_weights_of_another_preset_are_refused(tmp_path, small_weights):
+    """--preset sd15 does not take tiny weights."""
+    with pytest.raises(ValueError, match="preset tiny"):
+        train.main(arguments(tmp_path, small_weights, preset="sd15"))

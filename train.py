@@ -1,0 +1,561 @@
+"""Train a stage: one flat loop for all of them.
+
+    python train.py --stage interp                  fresh temporal layers on the shipped image model, minutes
+    python train.py --stage interp --resume auto    go on where the last run of this stage stopped
+
+The tiny model from nothing, in this order (README.md has the times and what to expect):
+
+    python train.py --stage vae
+    python train.py --stage image --weights out/vae/weights.safetensors
+    python train.py --stage video --weights out/image/weights.safetensors --export my_tiny.safetensors
+
+`vae` learns to shrink pictures to latents. `image` learns to denoise latents of single frames, told by a
+caption what to show; it is then frozen. `starter`, `extrap` and `interp` train the temporal layers on the
+windows that a plan starts with, goes on with and fills with; `video` trains one set of them on all three.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import schedule as plans
+from diffusion import T, NoiseSchedule, ddim_sample, ddim_timesteps, min_snr_weight
+from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_temporal, load_weights, read_weights,
+                   save_weights)
+
+VIDEO_STAGES = ("starter", "extrap", "interp", "video")
+# what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (5000, 6, 2e-3, 512),
+            "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (200, 6, 2e-3, 128)}
+LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
+
+
+def parse(argv):
+    """The command line of train.py. Defaults are the tiny preset on the sky world."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what to train
+    p.add_argument("--stage", required=True, choices=("vae", "image", *VIDEO_STAGES))
+    p.add_argument("--preset", default="tiny", choices=list(PRESETS))
+    p.add_argument("--weights", help="what to start from; default assets/tiny.safetensors, and nothing for "
+                   "--stage vae")
+    p.add_argument("--temporal", help="start from these temporal layers (a file of another run) instead of "
+                   "fresh ones")
+    p.add_argument("--out", help="folder of this run; default out/STAGE")
+    p.add_argument("--export", help="also write the whole model, frozen parts included, to this one file for "
+                   "sample.py")
+    p.add_argument("--resume", metavar="auto|FILE",
+                   help="go on from the checkpoint in --out (auto) or from a file")
+    # data
+    p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory; more is "
+                   "better and slower to prepare; default 4096 for image, 256 for the video stages")
+    p.add_argument("--frames", type=int, default=121,
+                   help="length of the training clips: windows of plans for so many frames")
+    p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
+                   "that a plan would have made; 0 trains without noise augmentation, and long videos then "
+                   "fall apart")
+    p.add_argument("--caption_dropout", type=float, default=0.1,
+                   help="share of examples without a caption, for guidance")
+    # optimisation
+    p.add_argument("--max_steps", type=int, help="optimizer steps of the whole run")
+    p.add_argument("--batch_size", type=int,
+                   help="halve it when memory runs out, and double --gradient_accumulation_steps")
+    p.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    p.add_argument("--learning_rate", type=float,
+                   help="peak, reached after warm-up, then down a cosine to zero")
+    p.add_argument("--warmup_steps", type=int, default=50)
+    p.add_argument("--max_grad_norm", type=float, default=1.0,
+                   help="longer gradients are scaled down to this length")
+    p.add_argument("--weight_decay", type=float, default=0.01)
+    p.add_argument("--snr_gamma", type=float, default=0.0,
+                   help="min-SNR loss weights, 5 is usual; 0: every level counts alike")
+    p.add_argument("--ema_decay", type=float, default=0.998,
+                   help="of the averaged weights, which are what is kept; 0: no average")
+    p.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"),
+                   help="fp16 only on a GPU; bf16 does not pay for the tiny preset")
+    p.add_argument("--gradient_checkpointing", type=int, default=0, metavar="K", help="recompute every K-th "
+                   "stage of the UNet instead of storing it: 1 saves the most memory and costs about a third "
+                   "more time; 0: off")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    # once in a while
+    p.add_argument("--val_every", type=int, default=250)
+    p.add_argument("--sample_every", type=int, default=1000,
+                   help="steps between contact sheets; 0: only at the end")
+    p.add_argument("--save_every", type=int, default=250)
+    p.add_argument("--dry_run", action="store_true",
+                   help="print what would be trained, touch nothing, and stop")
+    args = p.parse_args(argv)
+    for name, value in zip(("max_steps", "batch_size", "learning_rate", "worlds"), DEFAULTS[args.stage]):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or os.path.join("out", args.stage)
+    if args.weights is None and args.stage != "vae":
+        args.weights = TINY_WEIGHTS
+    return args
+
+
+def get_learning_rate(step, args):
+    """Linear warm-up, then half a cosine down to zero at the last step."""
+    warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
+    cosine = torch.cos(torch.tensor(torch.pi * step / args.max_steps)).item()
+    return args.learning_rate * warm * 0.5 * (1 + cosine)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a stage trains, on what, and its loss
+# ------------------------------------------------------------------------------------------------------------
+
+def trainable_parameters(model, stage):
+    """{name: parameter} of what a stage trains. Everything else is frozen."""
+    if stage == "vae":
+        return {f"vae.{name}": p for name, p in model.vae.named_parameters()}
+    unet = {f"unet.{name}": p for name, p in model.unet.named_parameters()
+            if is_temporal(name) == (stage in VIDEO_STAGES)}
+    text = {f"text.{name}": p for name, p in model.text.named_parameters()} if stage == "image" else {}
+    return unet | text
+
+
+def prepare_data(args, model, split, device):
+    """A function (step) -> batch on the CPU for the training or validation worlds of a stage."""
+    if args.stage == "vae":
+        size = model.config.size
+        return lambda step: {"images": data.picture_batch(split, args.seed, step, args.batch_size, size)}
+    few = args.worlds if split == "train" else min(32, args.worlds)
+    worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
+    frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
+    name = f"{'image' if args.stage == 'image' else 'video'}_{split}_{few}.safetensors"
+    cache = os.path.join(os.path.dirname(args.out) or ".", "cache", name)
+    encode = torch.no_grad()(lambda video: model.vae.encode(video.to(device)).cpu())
+    clips = data.Clips(cache, encode, worlds, frames, model.config.size, key=fingerprint(model.vae))
+    if args.stage == "image":
+        def image_batch(step):
+            latents, captions = clips.images(args.seed, step, args.batch_size)
+            return {"latents": latents, "captions": captions}
+        return image_batch
+    shapes = window_shapes(args.stage, args.frames)
+    return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
+
+
+def window_shapes(stage, n_frames):
+    """Lists of windows that a video stage trains on, one list per stage and source.
+
+    Each is drawn from equally often. The sources are both planners at the full length, and the ladder at a
+    half and a quarter of it: short videos are asked for too. A source may have no window of a stage (the
+    ladder needs none that extrapolates up to 97 frames)."""
+    plans.training_windows(stage, n_frames)                # says so if there is nothing to train on at all
+    lists = []
+    shorter = (n_frames // 2, n_frames // 4)
+    for planner, lengths in (("ladder", n_frames), ("seed", n_frames), ("ladder", shorter)):
+        windows = plans.training_windows("video", lengths, (planner,))
+        lists += [[window for window in windows if window.stage == wanted] for wanted in VIDEO_STAGES[:3]
+                  if stage in (wanted, "video")]
+    return [windows for windows in lists if windows]
+
+
+def fingerprint(network):
+    """A number that changes with the weights of a network: a latent cache is only as good as its VAE."""
+    return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.6f}"
+
+
+def random_levels(batch, generator, args):
+    """Noise levels t (b,) for a training batch: one per example for what is made, one for what is given."""
+    b = len(batch["latents"])
+    t_new = torch.randint(0, T, (b,), generator=generator)
+    t_aug = torch.randint(0, args.aug_max + 1, (b,), generator=generator)
+    # level 0 itself must be well trained: it is a choice at sampling
+    clean = torch.rand(b, generator=generator) < 0.2
+    return t_new, torch.where(clean, 0, t_aug)
+
+
+def diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions):
+    """Mean squared error of the UNet's answer per example (b,), on the frames that are made.
+
+    Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave
+    it."""
+    x0 = batch["latents"]  # (b, c, f, h, w)
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    given, user = batch["given"], batch["user"]                                   # (b, f) each
+    t = torch.where(user, 0, torch.where(given, t_aug[:, None], t_new[:, None]))  # (b, f)
+    x_t = schedule.q_sample(x0, t, eps)
+    x_t = torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t)        # level 0: really clean
+    context = model.context(captions)
+    output = model.unet(x_t, t, context, batch["frames"], given, temporal=args.stage in VIDEO_STAGES)
+    error = (output.float() - schedule.target(x0, t, eps)).square().mean(dim=(1, 3, 4))  # (b, f)
+    loss = (error * ~given).sum(1) / (~given).sum(1)
+    return loss * min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else loss
+
+
+def vae_loss(model, images, generator):
+    """What the picture loses, and how far the latents are from unit normal: (b,).
+
+    L1 of the picture and of its differences to the neighbours (edges stay sharp), and a little KL, all means
+    (Rombach et al., without the discriminator)."""
+    mean, log_variance = model.vae.moments(images)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    log_variance = log_variance.clamp(-30, 20)
+    wrong = model.vae.pictures(mean + (0.5 * log_variance).exp() * noise) - images
+    edges = wrong.diff(dim=2).abs().mean(dim=(1, 2, 3)) + wrong.diff(dim=3).abs().mean(dim=(1, 2, 3))
+    kl = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean(dim=(1, 2, 3))
+    return wrong.abs().mean(dim=(1, 2, 3)) + 0.5 * edges + 3e-4 * kl
+
+
+def to_device(batch, device):
+    """A batch with its tensors on the device. Single frames become windows of one frame, to be made."""
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    if "frames" not in batch and "latents" in batch:
+        batch["latents"] = batch["latents"][:, :, None]
+        none = torch.zeros(len(batch["latents"]), 1, dtype=torch.bool, device=device)
+        batch |= {"given": none, "user": none, "frames": none.long()}
+    return batch
+
+
+def training_loss(model, schedule, batch, seed, args, device):
+    """The loss of one batch, a scalar. Its noise is a pure function of `seed` and drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = to_device(batch, device)
+    if args.stage == "vae":
+        return vae_loss(model, batch["images"], generator).mean()
+    t_new, t_aug = random_levels(batch, generator, args)
+    dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
+    t_new, t_aug = t_new.to(device), t_aug.to(device)
+    return diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions).mean()
+
+
+@torch.no_grad()
+def validation_loss(model, schedule, batches, args, device):
+    """(loss, [loss per quarter of the noise range]) on fixed batches, with fixed noise, at fixed levels.
+
+    A training loss jumps with the levels it happens to draw; this one is comparable from step to step and
+    run to run. Given frames stand at the level t = 50. For the VAE there are no levels: the quarters are
+    empty."""
+    if args.stage == "vae":
+        losses = [vae_loss(model, to_device(batch, device)["images"], torch.Generator().manual_seed(i)).mean()
+                  for i, batch in enumerate(batches)]
+        return torch.stack(losses).mean().item(), []
+    by_level = []
+    for level in LEVELS:
+        losses = []
+        for i, batch in enumerate(batches):
+            batch = to_device(batch, device)
+            t_new = torch.full((len(batch["latents"]),), level, device=device)
+            t_aug = torch.full_like(t_new, min(50, args.aug_max))
+            noise, captions = torch.Generator().manual_seed(i), batch["captions"]
+            losses.append(diffusion_loss(model, schedule, batch, t_new, t_aug, noise, args, captions))
+        by_level.append(torch.cat(losses).mean())
+    by_level = torch.stack(by_level)
+    return by_level.mean().item(), by_level.view(4, -1).mean(1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Averaged weights, checkpoints, logs
+# ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def update_ema(ema, parameters, decay, step):
+    """Move the averaged weights towards the current ones; faster at first, when the average knows little."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, parameter in parameters.items():
+        ema[name].lerp_(parameter, 1 - decay)
+
+
+@torch.no_grad()
+def swap(ema, parameters):
+    """Exchange averaged and current weights. Called twice around everything that is to see the average."""
+    for name, parameter in parameters.items():
+        kept = parameter.clone()
+        parameter.copy_(ema[name])
+        ema[name].copy_(kept)
+
+
+def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args):
+    """Everything that a run needs to go on exactly. The file is complete or not there."""
+    state = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(),
+             "scaler": scaler.state_dict(), "step": step, "rng": torch.get_rng_state(),
+             "preset": model.config.name, "stage": args.stage, "args": vars(args)}
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
+    """Put a run back where it was saved; returns its step. ValueError when the file is of another run."""
+    if not os.path.exists(path):
+        raise ValueError(f"no checkpoint at {path} to resume from: leave --resume away to start anew, "
+                         "or give the file")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name in ("stage", "preset"):
+        if state[name] != getattr(args, name):
+            raise ValueError(f"{path} is a checkpoint of {name} {state[name]}, but --{name} is "
+                             f"{getattr(args, name)}: resume with the same {name}, or start anew in another "
+                             "--out folder")
+    # what decides the batches and the learning rate must not change in the middle of a run
+    for name in ("max_steps", "batch_size", "learning_rate", "seed", "worlds", "frames", "aug_max",
+                 "weights"):
+        if state["args"][name] != getattr(args, name):
+            raise ValueError(f"{path} was trained with --{name} {state['args'][name]}, now it is "
+                             f"{getattr(args, name)}: give the old value to go on exactly, or start anew in "
+                             "another --out folder")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state["model"][name])
+            ema[name].copy_(state["ema"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+COLUMNS = ["step", "loss", "val_loss", "val_q1", "val_q2", "val_q3", "val_q4", "grad_norm", "learning_rate",
+           "seconds", "memory"]
+
+
+def start_log(path, step):
+    """Open log.csv with its rows before `step`: what was logged after the last checkpoint is done again."""
+    rows = []
+    if step and os.path.exists(path):
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    file = open(path, "w", newline="")
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file, writer
+
+
+def peak_memory(device):
+    """Most memory used so far, in GB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def plot_losses(log_path, out_path):
+    """Training loss (running mean of 20 steps) and validation loss against the step, as a picture."""
+    with open(log_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    train = [(int(row["step"]), float(row["loss"])) for row in rows if row["loss"]]
+    mean = [(train[i][0], sum(loss for _, loss in train[i - 19:i + 1]) / 20) for i in range(19, len(train))]
+    val = [(int(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+    data.line_plot(out_path, {"validation": val, "training": mean}, "loss against step", log=True)
+
+
+@torch.no_grad()
+def sample_sheet(path, model, schedule, batch, args, device):
+    """A contact sheet: what the truth is (upper rows) and what the model makes of it (lower rows).
+
+    vae: pictures and their round trip. image: new pictures for the captions. Video stages: windows with their
+    given frames."""
+    batch = to_device(batch, device)
+    if args.stage == "vae":
+        truth = batch["images"][:8, :, None]
+        made = model.vae.pictures(model.vae.moments(batch["images"][:8])[0])[:, :, None]
+    else:
+        n = 16 if args.stage == "image" else 5
+        batch = {key: value[:n] for key, value in batch.items()}
+        x0, given = batch["latents"], batch["given"]
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        context = model.context(batch["captions"])
+        temporal = args.stage in VIDEO_STAGES
+        say = lambda x, t: model.unet(x, t, context, batch["frames"], given, temporal=temporal)
+        x = torch.where(given[:, None, :, None, None], x0, noise)
+        levels = ddim_timesteps(20 if args.stage == "image" else 8) + [-1]
+        x = ddim_sample(schedule, say, x, torch.zeros_like(given).long(), ~given, levels)
+        truth, made = model.vae.decode(x0), model.vae.decode(x)
+    rows = [data.to_pixels(video) for pair in zip(truth, made) for video in pair]
+    if truth.shape[2] == 1:  # single pictures: side by side
+        rows = [data.to_pixels(part[:, :, 0].transpose(0, 1)) for part in (*truth.split(8), *made.split(8))]
+    data.contact_sheet(rows, scale=2).save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------
+
+def prepare_model(args):
+    """The model that a stage starts from. Video stages get fresh temporal layers, or those of --temporal."""
+    torch.manual_seed(args.seed)
+    if args.stage == "vae":
+        return Model.build(PRESETS[args.preset])
+    if args.stage == "image":
+        config, merges, about, tensors = read_weights(args.weights)
+        model = Model.build(config, merges)
+        model.about = {"recipes": about.get("recipes", [])}
+        vae = {key: t for key, t in tensors.items() if key.startswith("first_stage_model.")}
+        fill(model, vae, args.weights, parts=("vae",))
+        return model
+    model = load_weights(args.weights, args.preset)
+    if args.temporal:
+        fill(model, read_weights(args.temporal)[3], args.temporal, parts=("unet",), temporal="only")
+    else:
+        fresh = Model.build(model.config).unet.state_dict()
+        loaded = model.unet.state_dict()
+        model.unet.load_state_dict({k: fresh[k] if is_temporal(k) else v for k, v in loaded.items()})
+    return model
+
+
+def report(model, trainable, args, device, why):
+    """Say what is about to be trained, before anything is spent."""
+    total = sum(p.numel() for network in model.networks().values() for p in network.parameters())
+    count = sum(p.numel() for p in trainable.values())
+    print(f"device: {device} ({why})")
+    print(f"stage {args.stage}, preset {args.preset}: trainable {count:,} of {total:,} parameters, "
+          f"{total - count:,} frozen")
+    print(f"{args.max_steps} steps of {args.batch_size} x {args.gradient_accumulation_steps} examples, "
+          f"learning rate up to {args.learning_rate:g}, into {args.out}")
+
+
+def check_out(args):
+    """Refuse to write into a folder that holds another run."""
+    if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
+        raise ValueError(f"{args.out} already holds a run: go on with it (--resume auto), "
+                         "or give another --out folder")
+
+
+def finish(model, schedule, trainable, ema, args, minutes, val, batches, device):
+    """Write the trained weights with the recipe that made them, and say what to run next."""
+    swap(ema, trainable)
+    if args.stage == "vae":                                # measure what the other stages will see as latents
+        with torch.no_grad():
+            pictures = lambda i: data.picture_batch("train", 1, i, 64, model.config.size).to(device)
+            z = torch.cat([model.vae.moments(pictures(i))[0] for i in range(16)])
+        model.set_latent_scaling(z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist())
+    recipe = {"stage": args.stage, "args": vars(args), "minutes": round(minutes, 1), "val_loss": val}
+    recipes = [*model.about.get("recipes", []), recipe]
+    path, export = os.path.join(args.out, "weights.safetensors"), args.export
+    if args.stage == "vae":
+        save_weights(path, model, torch.float32, parts=("vae",), stage=args.stage, recipes=recipes)
+        say = f"python train.py --stage image --weights {path}"
+    elif args.stage == "image":
+        save_weights(path, model, torch.float32, only=lambda name: not is_temporal(name), stage=args.stage,
+                     recipes=recipes)
+        say = f"python train.py --stage video --weights {path} --export my_tiny.safetensors"
+    else:
+        save_weights(path, model, parts=("unet",), only=is_temporal, stage=args.stage, recipes=recipes)
+        say = f"python sample.py --frames 121 --weights {args.weights} --temporal {path}"
+        if export:
+            save_weights(export, model, stage=args.stage, recipes=recipes)
+            print(f"wrote {export}")
+            say = f"python sample.py --frames 121 --weights {export}"
+    sample_sheet(os.path.join(args.out, "samples", "final.png"), model, schedule, batches[0], args, device)
+    print(f"wrote {path} and {args.out}/samples/final.png\nnext: {say}")
+
+
+def main(argv=None):
+    """Parse, prepare, loop. Every block of the loop starts with what it does."""
+    args = parse(argv)
+    device, why = choose_device(args.device)
+    model = prepare_model(args).to(device)
+    trainable = trainable_parameters(model, args.stage)
+    for network in model.networks().values():
+        network.requires_grad_(False)
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+    report(model, trainable, args, device, why)
+    if args.dry_run:
+        return
+    check_out(args)
+    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
+    next_batch = prepare_data(args, model, "train", device)
+    batches = [prepare_data(args, model, "val", device)(step) for step in range(4)]
+    ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=args.learning_rate, betas=(0.9, 0.99),
+                                  weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    checkpoint_path = os.path.join(args.out, "ckpt.pt")
+    step = 0
+    if args.resume:
+        path = checkpoint_path if args.resume == "auto" else args.resume
+        step = load_checkpoint(path, trainable, ema, optimizer, scaler, args)
+        print(f"resumed {path} at step {step}")
+    with open(os.path.join(args.out, "args.json"), "w") as file:
+        json.dump(vars(args), file, indent=1)
+    log_file, log = start_log(os.path.join(args.out, "log.csv"), step)
+    model.unet.train()
+    model.unet.checkpoint_every = args.gradient_checkpointing
+    progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", smoothing=0.05,
+                    mininterval=1)
+    started, val = time.time(), float("nan")
+
+    while True:
+        # once in a while: validate, show and save, all from the averaged weights
+        last = step == args.max_steps
+        row = {"step": step}
+        if step % args.val_every == 0 or last:
+            swap(ema, trainable)
+            val, quarters = validation_loss(model, schedule, batches, args, device)
+            row |= {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
+            by_quarter = " ".join(f"{q:.4f}" for q in quarters)
+            progress.write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
+            if args.sample_every and step and step % args.sample_every == 0:
+                sheet = os.path.join(args.out, "samples", f"{step:06d}.png")
+                sample_sheet(sheet, model, schedule, batches[0], args, device)
+            swap(ema, trainable)
+        if step and (step % args.save_every == 0 or last):
+            log_file.flush()
+            save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args)
+        if last:
+            log.writerow(row)
+            break
+
+        # determine and set the learning rate
+        begun = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = get_learning_rate(step, args)
+
+        # forward, backward: the micro-steps add up to the mean over the whole batch
+        loss = 0.0
+        for micro in range(args.gradient_accumulation_steps):
+            number = step * args.gradient_accumulation_steps + micro
+            with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
+                seed = args.seed * 1_000_003 + number
+                part = training_loss(model, schedule, next_batch(number), seed, args, device)
+            part = part / args.gradient_accumulation_steps
+            scaler.scale(part).backward()
+            loss += part.item()
+        if loss != loss:
+            raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
+                             f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")
+
+        # clip, update, average
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.max_grad_norm).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        update_ema(ema, trainable, args.ema_decay, step)
+
+        # timing and logging
+        row |= {"step": step - 1, "loss": loss, "grad_norm": grad_norm,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.time() - begun, 4), "memory": round(peak_memory(device), 3)}
+        log.writerow(row)
+        progress.set_postfix(loss=f"{loss:.4f}", val=f"{val:.4f}", grad=f"{grad_norm:.2f}", refresh=False)
+        progress.update()
+        if step % args.val_every == 0:
+            log_file.flush()
+            plot_losses(log_file.name, os.path.join(args.out, "loss.png"))
+
+    progress.close()
+    log_file.close()
+    plot_losses(log_file.name, os.path.join(args.out, "loss.png"))
+    finish(model, schedule, trainable, ema, args, (time.time() - started) / 60, val, batches, device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from None
