@@ -1,0 +1,240 @@
+"""pytest tests/test_sample.py: a run leaves what it promises, a seed fixes every byte, metrics see faults."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+from model import is_temporal, load_weights, save_weights
+from schedule import ladder, seed
+
+
+@pytest.fixture(scope="session")
+def restless_weights(small_weights, tmp_path_factory):
+    """Weights whose temporal layers do something, so that windows really depend on their given frames."""
+    model = load_weights(small_weights)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.unet.named_parameters():
+        if is_temporal(name):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    path = str(tmp_path_factory.mktemp("weights") / "restless.safetensors")
+    save_weights(path, model, torch.float32)
+    return path
+
+
+def run(tmp_path, weights, *more, name="run", frames=20):
+    """One short run of sample.py; returns its folder."""
+    folder = tmp_path / name
+    sample.main(["--frames", str(frames), "--steps", "2", "--weights", weights, "--out", str(folder), *more])
+    return folder
+
+
+def pixels(folder):
+    """All numbered frames of a run, in order."""
+    names = sorted(os.listdir(folder / "frames"))
+    return np.stack([np.array(Image.open(folder / "frames" / name)) for name in names])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 20])
+def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, frames):
+    """N numbered frames, moving pictures, sheet, plot, metrics, latents and arguments, for any N."""
+    folder = run(tmp_path, restless_weights, frames=frames)
+    assert len(os.listdir(folder / "frames")) == frames and (folder / "frames" / "00001.png").exists()
+    for name in ("video.gif", "video.webp", "sheet.png", "drift.png"):
+        with Image.open(folder / name) as image:
+            image.load()
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [int(row["frame"]) for row in rows] == list(range(1, frames + 1))
+    assert json.load(open(folder / "args.json"))["frames"] == frames
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def test_same_seed_same_bytes_and_another_seed_another_video(tmp_path, restless_weights):
+    """Two runs with one seed agree in every pixel; another seed does not."""
+    first, again = (pixels(run(tmp_path, restless_weights, "--seed", "7", name=name)) for name in ("a", "b"))
+    other = pixels(run(tmp_path, restless_weights, "--seed", "8", name="c"))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("schedule", ["ladder", "seed"])
+def test_result_does_not_depend_on_how_windows_are_batched(tmp_path, restless_weights, schedule):
+    """Noise belongs to (seed, frame): batches of 1 and of 8 windows agree up to rounding."""
+    options = [restless_weights, "--schedule", schedule, "--batch_size"]
+    one, many = (pixels(run(tmp_path, *options, size, name=size)).astype(int) for size in ("1", "8"))
+    assert abs(one - many).max() <= 1
+
+
+def test_a_given_picture_comes_back_unchanged(tmp_path, restless_weights):
+    """Frame 1 of the video is the picture, bit for bit: no round trip through the VAE."""
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    folder = run(tmp_path, restless_weights, "--image", str(tmp_path / "photo.png"))
+    assert np.array_equal(pixels(folder)[0], picture)
+
+
+def test_any_picture_is_cropped_and_resized(tmp_path, restless_weights):
+    """A picture of another size and shape, with transparency, is taken too."""
+    Image.new("RGBA", (301, 173), (200, 10, 10, 128)).save(tmp_path / "photo.png")
+    folder = run(tmp_path, restless_weights, "--image", str(tmp_path / "photo.png"), frames=2)
+    assert pixels(folder).shape == (2, 64, 64, 3)
+
+
+def test_interrupted_run_resumes_to_the_same_video(tmp_path, restless_weights, monkeypatch):
+    """A run that dies after a level keeps what it had.
+
+    --resume makes the rest, and the result is the uninterrupted one."""
+    whole = pixels(run(tmp_path, restless_weights, name="whole", frames=40))
+    windows, calls = sample.Sampler.windows, []
+
+    def dies(self, *rest):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        windows(self, *rest)
+
+    monkeypatch.setattr(sample.Sampler, "windows", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, restless_weights, name="cut", frames=40)
+    made = []
+    monkeypatch.setattr(sample.Sampler, "windows", lambda self, *rest: (made.append(1), windows(self, *rest)))
+    assert np.array_equal(whole, pixels(run(tmp_path, restless_weights, "--resume", name="cut", frames=40)))
+    monkeypatch.setattr(sample.Sampler, "windows", windows)
+    with pytest.raises(ValueError, match="--seed"):
+        run(tmp_path, restless_weights, "--resume", "--seed", "3", name="cut", frames=40)
+
+
+def test_guidance_of_one_is_off_and_more_changes_the_picture(tmp_path, restless_weights):
+    """Scale 1 runs the network once per step.
+
+    A higher scale really leads to another picture, told apart by the prompt."""
+    options = ["--prompt", "wind left fast, few clouds, dusk, red balloon", "--guidance_scale"]
+    one, more = (pixels(run(tmp_path, restless_weights, *options, scale, name=scale, frames=3))
+                 for scale in "14")
+    assert not np.array_equal(one, more)
+
+
+@pytest.mark.parametrize("mode, noised, labelled", [
+    ("add", True, True), ("label", False, True), ("none", False, False)])
+def test_context_noise_modes(restless_weights, tmp_path, mode, noised, labelled):
+    """add: made frames are noised and labelled so; label: only labelled; none: neither.
+
+    The user's frame stays clean at t = 0."""
+    args = sample.parse(["--weights", restless_weights, "--steps", "2", "--aug", "t=100",
+                         "--context_noise", mode])
+    sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"))
+    window = ladder(61)[1]
+    latents = torch.randn(1, 4, 61, 16, 16, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    sampler.denoise = lambda x, t, new, *rest: seen.update(x=x, t=t, new=new) or x
+    with torch.no_grad():
+        sampler.windows([(0, window)], latents.clone(), sampler.contexts(["dusk"]), [0], user=(0,))
+    for place, frame in enumerate(window.frames):
+        if frame not in window.new:
+            same = torch.equal(seen["x"][0, :, place], latents[0, :, frame])
+            assert same == (frame == 0 or not noised)
+            assert seen["t"][0, place] == (100 if labelled and frame != 0 else 0)
+
+
+def test_truth_measured_against_itself_is_perfect():
+    """No drift, ratios of 1, speed 1, all balloons found: the metrics' zero point, on all kinds of worlds."""
+    plan, speeds = ladder(61), []
+    for i in range(6):
+        world = data.SkyWorld(data.SPLITS["test"] + i)
+        truth = world.video(np.arange(61))
+        row = sample.measure(truth, truth, world, sample.joins(plan, 61))
+        assert row["colour"] == 0 and row["sharp"] == 0 and row["flicker"] == 1 and row["seam"] == 1
+        assert row["alive"] > 0.95
+        speeds.append(row["speed"])
+    assert 0.9 <= np.median(speeds) <= 1.1
+
+
+def degraded(kind, video, world):
+    """A video with one known fault, growing towards its end."""
+    n = video.shape[1]
+    strength = torch.linspace(0, 1, n).view(1, n, 1, 1)
+    if kind == "blur":
+        soft = torch.nn.functional.avg_pool2d(video, 3, stride=1, padding=1, count_include_pad=False)
+        return video + strength * (soft - video)
+    if kind == "brightness":
+        return video + 0.2 * strength
+    if kind == "noise":
+        return video + 0.05 * strength * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
+    if kind == "freeze":
+        return video[:, torch.arange(n).clamp(max=5)]
+    if kind == "half speed":
+        return world.video(np.arange(n) / 2)
+    if kind == "seams":
+        return video + 0.03 * (torch.arange(n) // 4 % 2).view(1, n, 1, 1)
+    grey = video.mean(0, keepdim=True).expand_as(video)  # no balloon keeps its hue
+    return torch.where(torch.arange(n).view(1, n, 1, 1) > n // 2, grey, video)
+
+
+@pytest.mark.parametrize("kind, metric, low, high", [
+    ("blur", "sharp", -9, -0.3), ("brightness", "colour", 8, 99), ("noise", "sharp", 0.3, 9),
+    ("noise", "flicker", 2, 99), ("freeze", "speed", -0.1, 0.1), ("freeze", "flicker", -0.01, 0.1),
+    ("half speed", "speed", 0.4, 0.6), ("seams", "seam", 2, 99), ("colourless", "alive", 0, 0.05)])
+def test_each_fault_shows_in_its_metric(kind, metric, low, high):
+    """A fault we plant moves the metric that is meant for it out of the range of a good video."""
+    rows = []
+    for i in range(3):
+        world = data.SkyWorld(data.SPLITS["test"] + i)
+        truth = world.video(np.arange(61))
+        video = degraded(kind, truth, world)
+        rows.append(sample.measure(video, truth, world, sample.joins(ladder(61), 61))[metric])
+    assert low <= np.median(rows) <= high
+
+
+def test_joins_are_the_frames_where_windows_meet():
+    """In the ladder windows meet at every multiple of 4, in the seed at 3 modulo 4 (1-based).
+
+    Counted from 0: 2 modulo 4."""
+    assert sample.joins(ladder(121), 121) == list(range(4, 120, 4))
+    assert sample.joins(seed(121), 121) == list(range(10, 120, 4))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--frames", "0"], "at least 1 frame"), (["--aug", "loud=3"], "nsr="),
+    (["--image", "nothing.png"], "no picture"), (["--weights", "nothing.safetensors"], "no weights file"),
+    (["--steps", "0"], "steps"), (["--preset", "sd15"], "convert_sd_weights")])
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, restless_weights, argv, words, monkeypatch):
+    """Each error names what was found and what to do, and comes before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    given = ["--frames", "3", "--out", "run"]
+    if argv[0] not in ("--weights", "--preset"):
+        given += ["--weights", restless_weights]
+    with pytest.raises(ValueError, match=words):
+        sample.main(given + argv)
+    assert not os.listdir(tmp_path)
+
+
+def test_files_that_are_no_pictures_and_occupied_folders_are_refused(tmp_path, restless_weights):
+    """A text named .png is named; a folder that holds a run keeps it."""
+    (tmp_path / "photo.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="not a picture"):
+        run(tmp_path, restless_weights, "--image", str(tmp_path / "photo.png"))
+    folder = run(tmp_path, restless_weights, frames=2)
+    before = (folder / "sheet.png").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(tmp_path, restless_weights, frames=2)
+    assert (folder / "sheet.png").read_bytes() == before
+
+
+def test_evaluation_prints_a_row_for_every_schedule_and_baseline(tmp_path, restless_weights, capsys):
+    """--evaluate: the table, a contact sheet beside the truth and the drift plot."""
+    folder = run(tmp_path, restless_weights, "--evaluate", "--worlds", "2", frames=30)
+    table = (folder / "table.md").read_text()
+    for row in ("VAE round trip", "copy first frame", "blend true ends", "ladder", "seed"):
+        assert f"| {row} |" in table and row in capsys.readouterr().out + table
+    assert (folder / "sheet.png").exists() and (folder / "drift.png").exists()
+
+
+def test_plan_prints_without_weights(capsys):
+    """--plan needs no model."""
+    sample.main(["--plan", "--frames", "30", "--weights", "nothing"])
+    assert "#" in capsys.readouterr().out
