@@ -1,15 +1,15 @@
-"""The networks: Stable Diffusion 1.5's UNet with time added to it, its VAE, its text encoder and its tokenizer.
+"""The networks: Stable Diffusion 1.5's UNet with time added to it, its VAE, text encoder and tokenizer.
 
-The image part keeps the module names of the SD checkpoint, so real weights load as they are. All that is new has
-"temporal" in its name and starts as the identity: a fresh video model equals its image model, frame by frame.
+The image part keeps the module names of the SD checkpoint, so real weights load as they are. All that is new
+has "temporal" in its name and starts as the identity: a fresh video model equals its image model per frame.
 
 Letters used in shapes, here and everywhere:
-    b batch    c channels    f frames of a window    h, w latent height and width (H, W: of the picture)    d text width
-`t` is the noise level of a frame, an index from 0 (almost clean) to 999 (pure noise), never a moment of the video;
-`frames` are moments of the video, absolute frame indices.
+    b batch   c channels   f frames of a window   h, w of the latents   H, W of the picture   d text width
+`t` is the noise level of a frame, an index from 0 (almost clean) to 999 (pure noise), never a moment of the
+video; `frames` are moments of the video, absolute frame indices.
 
-Papers: Rombach et al. 2112.10752 (latent diffusion), Radford et al. 2103.00020 (CLIP), Singer et al. 2209.14792
-(Make-A-Video: pseudo-3D layers), Chen et al. 2407.01392 (Diffusion Forcing: a noise level for every frame).
+Papers: Rombach et al. 2112.10752 (latent diffusion), Radford et al. 2103.00020 (CLIP), Singer et al.
+2209.14792 (Make-A-Video: pseudo-3D layers), Chen et al. 2407.01392 (Diffusion Forcing: a level per frame).
 """
 
 import html
@@ -31,9 +31,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 LATENT_SCALE = 0.18215   # SD1.x: latents times this have a standard deviation near 1
-GRID_LIMIT = 65_535      # rows x heads that one attention call may have: above it CUDA kernels refuse their launch grid
+GRID_LIMIT = 65_535      # most rows x heads of one attention call: CUDA kernels refuse a larger launch grid
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
 TEXT_TOKENS = 77         # length of every prompt, start and end tokens and padding included
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+ENDINGS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")   # that CLIP's tokenizer splits off
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,21 @@ class Config:
 PRESETS = {
     "tiny": Config(
         name="tiny", size=64, prediction="v", zero_terminal_snr=True,
-        widths=(64, 96, 96), res_blocks=1, attention_levels=(1, 2), heads=4, emb_dim=128, temporal_emb_dim=128,
-        vae_widths=(48, 64), vae_res_blocks=1, vae_patch=2, vae_groups=16,
+        widths=(64, 96, 96), res_blocks=1, attention_levels=(1, 2), heads=4, emb_dim=128,
+        temporal_emb_dim=128, vae_widths=(48, 64), vae_res_blocks=1, vae_patch=2, vae_groups=16,
         text_width=64, text_layers=2, text_heads=4, vocabulary=514),
     "sd15": Config(
         name="sd15", size=512, prediction="eps", zero_terminal_snr=False,
         widths=(320, 640, 1280, 1280), res_blocks=2, attention_levels=(0, 1, 2), heads=8, emb_dim=1280,
-        temporal_emb_dim=512,
-        vae_widths=(128, 256, 512, 512), vae_res_blocks=2, vae_patch=1, vae_groups=32,
+        temporal_emb_dim=512, vae_widths=(128, 256, 512, 512), vae_res_blocks=2, vae_patch=1, vae_groups=32,
         text_width=768, text_layers=12, text_heads=12, vocabulary=49408),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small layers
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- small layers
 
 def zero(module):
-    """The same module with all its parameters set to zero: a path that starts closed and that training opens."""
+    """The same module with all its parameters zero: a path that starts closed and that training opens."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -102,10 +101,10 @@ def sinusoids(values, dim, max_period=10_000):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q kᵀ / √d) v for q, k, v of shape (rows, heads, tokens, d); `mask` (rows, heads, q, k) is added to the logits.
+    """softmax(q kᵀ / √d + mask) v for q, k, v (rows, heads, tokens, d), mask (rows, heads, q, k) or None.
 
-    Temporal attention has a row for every pixel: many rows, each very short. They go through in chunks that the GPU
-    kernels accept."""
+    Temporal attention has a row for every pixel: many rows, each very short. They go through in chunks that
+    the GPU kernels accept."""
     rows = max(1, GRID_LIMIT // q.shape[1])
     if q.shape[0] <= rows:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -115,8 +114,8 @@ def attention(q, k, v, mask=None):
     return torch.cat(chunks)
 
 
-class Window(NamedTuple):
-    """What temporal layers know about the window they work on. `gap` and `distance` are in frames of the video."""
+class Around(NamedTuple):
+    """What temporal layers know about their window. `gap` and `distance` are in frames of the video."""
 
     b: int
     f: int
@@ -125,18 +124,20 @@ class Window(NamedTuple):
     emb: torch.Tensor        # (b, f, e) what each frame is told about itself
 
 
-def signed_log(distance):
-    """sign(d) ln(1 + |d|): neighbours are told apart frame by frame, far frames only roughly."""
-    return distance.sign() * distance.abs().log1p()
+def distance_embedding(distance):
+    """Sinusoids of signed distances in frames, of any shape: (..., 32).
+
+    On a logarithmic scale, so that neighbours are told apart frame by frame and far frames roughly; times 10,
+    because the fastest sinusoid turns once in 6 units."""
+    return sinusoids(10 * distance.sign() * distance.abs().log1p(), 32)
 
 
 class PseudoConv3d(nn.Conv2d):
     """A 3x3 conv inside each frame, then a conv of kernel 3 across frames: (b f) c h w -> (b f) c h w.
 
-    The second starts as the identity. Its side taps fade with the gap g to the neighbour as g^-falloff, with one learned
-    falloff per channel: frames that are neighbours in the window may be far apart in the video. Because it is 1x1 in
-    space it is an ordinary matrix product, and no 3D conv is needed."""
-
+    The second starts as the identity. Its side taps fade with the gap g to the neighbour as g^-falloff, one
+    learned falloff per channel: frames that are neighbours in the window may be far apart in the video. It is
+    1x1 in space, so an ordinary matrix product, and no 3D conv is needed."""
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, 3, padding=1)
         self.temporal = zero(nn.Conv2d(c_out, 3 * c_out, 1, bias=False))
@@ -146,9 +147,8 @@ class PseudoConv3d(nn.Conv2d):
         x = super().forward(x)
         if window is None:
             return x
-        taps = rearrange(self.temporal(x), "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
-        before, here, after = taps
-        fade = window.gap[..., None] ** -self.temporal_falloff                              # (b, f-1, c)
+        before, here, after = rearrange(self.temporal(x), "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
+        fade = window.gap[..., None] ** -self.temporal_falloff                            # (b, f-1, c)
         fade = fade[..., None, None].to(x.dtype)
         out = here.clone()
         out[:, 1:] = out[:, 1:] + before[:, :-1] * fade
@@ -157,10 +157,10 @@ class PseudoConv3d(nn.Conv2d):
 
 
 class TemporalAttention(nn.Module):
-    """Each pixel attends to itself in the other frames of the window: (b f) c h w -> (b f) c h w, identity at the start.
+    """Each pixel attends to itself in the other frames of the window: (b f) c h w -> (b f) c h w.
 
-    Frames are told apart by a bias per head, a function of their signed distance, and by the embedding of each frame."""
-
+    Identity at the start. Frames are told apart by a bias per head, a function of their signed distance, and
+    by the embedding of each frame."""
     def __init__(self, channels, heads, emb_dim):
         super().__init__()
         self.heads = heads
@@ -174,23 +174,26 @@ class TemporalAttention(nn.Module):
         h, w = x.shape[-2:]
         tokens = rearrange(x, "(b f) c h w -> b (h w) f c", b=window.b)
         tokens = self.norm(tokens) + self.emb(window.emb)[:, None]
-        q, k, v = rearrange(self.to_qkv(tokens), "b n f (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
-        bias = self.bias(sinusoids(10 * signed_log(window.distance), 32))                    # (b, f, f, heads)
+        qkv = self.to_qkv(tokens)
+        q, k, v = rearrange(qkv, "b n f (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
+        bias = self.bias(distance_embedding(window.distance))                 # (b, f, f, heads)
         bias = repeat(bias.to(q.dtype), "b i j heads -> (b n) heads i j", n=h * w)
         out = rearrange(attention(q, k, v, bias), "(b n) heads f d -> b n f (heads d)", b=window.b)
         return x + rearrange(self.to_out(out), "b (h w) f c -> (b f) c h w", h=h)
 
 
 class ResBlock(nn.Module):
-    """Two convs with the noise level added between them. GroupNorm has SD's eps of 1e-5 here, and 1e-6 everywhere else.
+    """Two convs with the noise level added between them.
 
-    It pools within one frame, so nothing depends on how many frames a window has."""
-
+    GroupNorm has SD's eps of 1e-5 here (and in the UNet's `out`), 1e-6 everywhere else. It pools within one
+    frame, so nothing depends on how many frames a window has."""
     def __init__(self, c_in, c_out, emb_dim):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0), PseudoConv3d(c_out, c_out))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0), PseudoConv3d(c_out, c_out))
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb, window=None):
@@ -200,8 +203,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens (rows, n, c) to themselves, or to a text (b, 77, d) that all rows of a video share."""
-
+    """Multi-head attention of tokens (rows, n, c) to themselves, or to a text (b, 77, d) per video."""
     def __init__(self, channels, heads, context_dim=None):
         super().__init__()
         self.heads = heads
@@ -214,14 +216,14 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         rows, groups = x.shape[0], context.shape[0]
         q = rearrange(self.to_q(x), "(b f) n (heads d) -> b heads (f n) d", b=groups, heads=self.heads)
-        k, v = (rearrange(to(context), "b n (heads d) -> b heads n d", heads=self.heads) for to in (self.to_k, self.to_v))
+        k, v = (rearrange(to(context), "b n (heads d) -> b heads n d", heads=self.heads)
+                for to in (self.to_k, self.to_v))
         out = rearrange(attention(q, k, v), "b heads (f n) d -> (b f) n (heads d)", f=rows // groups)
         return self.to_out(out)
 
 
 class GEGLU(nn.Module):
     """A linear layer whose second half gates the first (Shazeer 2002.05202)."""
-
     def __init__(self, c_in, c_out):
         super().__init__()
         self.proj = nn.Linear(c_in, 2 * c_out)
@@ -233,18 +235,19 @@ class GEGLU(nn.Module):
 
 class FeedForward(nn.Module):
     """c -> 4c -> c on every token."""
-
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), nn.Linear(4 * channels, channels))
+        width = 4 * channels
+        self.net = nn.Sequential(GEGLU(channels, width), nn.Dropout(0), nn.Linear(width, channels))
 
     def forward(self, x):
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward; each normalised before and added to its input."""
+    """Self-attention, attention to the text, feed-forward; each normalised before and added to its input.
 
+    They are made in the order of SD's keys, which is not the order they run in."""
     def __init__(self, channels, heads, context_dim):
         super().__init__()
         self.attn1 = CrossAttention(channels, heads)
@@ -260,7 +263,6 @@ class TransformerBlock(nn.Module):
 
 class SpatialTransformer(nn.Module):
     """Attention between the pixels of one frame, and from them to the text: (b f) c h w -> (b f) c h w."""
-
     def __init__(self, channels, heads, context_dim):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
@@ -278,7 +280,6 @@ class SpatialTransformer(nn.Module):
 
 class Downsample(nn.Module):
     """Half the size, by a conv of stride 2."""
-
     def __init__(self, channels):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -289,7 +290,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Twice the size: nearest neighbour, then a conv. The VAE uses it too."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -298,67 +298,64 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The UNet
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- the UNet
 
 class Stage(nn.Module):
-    """One numbered entry of SD's input_blocks or output_blocks: its layers, and our temporal attention after them.
+    """One numbered entry of SD's input_blocks or output_blocks: its layers, then our temporal attention.
 
-    Temporal attention stands before a change of size, so that it works at the resolution its features were made at."""
-
+    That stands before an Upsample, so that it works at the resolution its features were made at."""
     def __init__(self, *layers, temporal=None):
         super().__init__()
         for i, layer in enumerate(layers):
-            self.add_module(str(i), layer)
-        self.layers = range(len(layers))
+            self.add_module(str(i), layer)                # SD numbers the layers of a stage
         self.temporal = temporal
+        before_upsample = [layer for layer in layers if not isinstance(layer, Upsample)]
+        self.order = (*before_upsample, temporal, *layers[len(before_upsample):])
 
     def forward(self, x, emb, context, window=None):
-        for i in self.layers:
-            layer = self.get_submodule(str(i))
-            if isinstance(layer, Upsample) and window is not None:
-                x = self.temporal(x, window)
+        for layer in self.order:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, window)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
-            else:
+            elif layer is not self.temporal:
                 x = layer(x)
-        if self.temporal is not None and window is not None and not isinstance(layer, Upsample):
-            x = self.temporal(x, window)
+            elif layer is not None and window is not None:
+                x = layer(x, window)
         return x
 
 
 class FrameEmbedding(nn.Module):
     """What the temporal layers are told about each frame: (b, f, e).
 
-    Its own noise level, how far the nearest given frames before and after it are and how noisy they are, where it stands
-    in the window, and the text: a wind blowing left cannot be seen in a picture. The text is read by four learned queries."""
-
+    Its own noise level, how far the nearest given frames before and after it are and how noisy they are, its
+    place after the first new frame, and the text, read by four learned queries: a wind blowing left cannot be
+    seen in a picture."""
     def __init__(self, dim, context_dim):
         super().__init__()
         self.text_queries = nn.Linear(context_dim, 4, bias=False)
         self.text = nn.Linear(4 * context_dim, dim)
+        # own level, three distances and two levels of given frames, three flags
         self.mlp = nn.Sequential(nn.Linear(64 + 5 * 32 + 3, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t, frames, given, before, after, context):
-        known = torch.stack([given, before >= 0, after >= 0], dim=-1).float()                # (b, f, 3)
-        at = lambda values, index: values.gather(1, index.clamp(min=0))
-        first_new = at(frames, (~given).int().argmax(1, keepdim=True))                       # (b, 1)
+        known = torch.stack([given, before >= 0, after >= 0], dim=-1).float()             # (b, f, 3)
+        at = lambda values, index: values.gather(1, index.clamp(min=0))   # -1 reads frame 0: `known` tells
+        first_new = at(frames, (~given).int().argmax(1, keepdim=True))                    # (b, 1)
         places = [frames - at(frames, before), at(frames, after) - frames, frames - first_new]
-        parts = [sinusoids(t, 64), *(sinusoids(10 * signed_log(place), 32) for place in places)]
+        parts = [sinusoids(t, 64), *(distance_embedding(place) for place in places)]
         parts += [sinusoids(at(t, index), 32) for index in (before, after)]
-        weights = self.text_queries(context).softmax(dim=1)                                  # (b, 77, 4)
-        text = self.text((weights.transpose(1, 2) @ context).flatten(1))                     # (b, e)
+        weights = self.text_queries(context).softmax(dim=1)                               # (b, 77, 4)
+        text = self.text((weights.transpose(1, 2) @ context).flatten(1))                  # (b, e)
         features = torch.cat([*parts, known], dim=-1).to(text.dtype)
         return F.silu(self.mlp(features) + text[:, None])
 
 
 def nearest_given(given):
-    """For every frame of a window the index of the nearest given frame at or before it, and at or after it, or -1.
+    """For every frame of a window the index of the nearest given frame at or before it, and at or after it.
 
-    given: (b, f) bool. Returns two (b, f) int tensors."""
+    given: (b, f) bool. Returns two (b, f) int tensors, -1 where there is none. A given frame is its own nearest
+    on both sides."""
     f = given.shape[1]
     index = torch.arange(f, device=given.device).expand_as(given)
     before = torch.where(given, index, -1).cummax(1).values
@@ -367,17 +364,18 @@ def nearest_given(given):
 
 
 class UNet(nn.Module):
-    """SD1.5's UNet (Rombach et al.) with temporal layers: says what was added to the latents, or v, per frame.
+    """SD1.5's UNet (Rombach et al.) with temporal layers: says the noise in the latents, or v, per frame.
 
-    On top of the temporal layers come two zero-initialised paths for the given frames, `temporal_hint` at the entrance and
-    `temporal_skip` at the exit. The first shows every frame the latents of the nearest given frames; the second can answer
-    with a mixture of its own noisy latents and theirs, weighted per channel by what the frame is told about itself. That is
-    the linear part of the best guess (copy, or blend the two ends), so that the network only has to learn what is left."""
-
+    On top of the temporal layers come two zero-initialised paths for the given frames, `temporal_hint` at the
+    entrance and `temporal_skip` at the exit. The first shows every frame the latents of the nearest given
+    frames; the second can answer with a mixture of its own noisy latents and theirs, weighted per channel by
+    what the frame is told about itself. That is the linear part of the best guess (copy, or blend the two
+    ends), so that the network only has to learn what is left."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
-        self.checkpoint_every = 0                         # recompute every so-manieth stage in the backward pass; 0: none
+        self.checkpoint_every = 0     # recompute every so-manieth stage in the backward pass; 0: none
+        self.factor = 2 ** (len(widths) - 1)              # sizes are halved so often, and must come out even
         self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
 
         def stage(c_in, c_out, attend, *more):
@@ -397,8 +395,9 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(Downsample(ch)))
                 skips.append(ch)
 
-        self.middle_block = Stage(ResBlock(ch, ch, emb), SpatialTransformer(ch, c.heads, c.text_width),
-                                  ResBlock(ch, ch, emb), temporal=TemporalAttention(ch, c.heads, c.temporal_emb_dim))
+        self.middle_block = Stage(
+            ResBlock(ch, ch, emb), SpatialTransformer(ch, c.heads, c.text_width), ResBlock(ch, ch, emb),
+            temporal=TemporalAttention(ch, c.heads, c.temporal_emb_dim))
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -413,27 +412,27 @@ class UNet(nn.Module):
         self.temporal_skip = zero(nn.Linear(c.temporal_emb_dim, 3 * 4))
 
     def forward(self, x, t, context, frames=None, given=None, temporal=True):
-        """x: latents (b, c, f, h, w), or (b, c, h, w) for pictures. t: noise levels (b, f), or (b,). context: text (b, 77, d).
-        frames: absolute frame indices (b, f), default 0, 1, 2 ... given: (b, f) bool, the frames that are known, default none.
-        temporal=False, or a single frame, is plain Stable Diffusion. Returns eps or v, in the shape of x with 4 channels."""
+        """Returns eps or v, in the shape of x with 4 channels; temporal=False, or one frame, is plain SD.
+
+        x: latents (b, c, f, h, w), or (b, c, h, w) for pictures. t: noise levels (b, f), or (b,).
+        context: text (b, 77, d). frames: absolute frame indices (b, f), default 0, 1, 2 ...
+        given: (b, f) bool, the frames that are known, default none."""
         if x.dim() == 4:
             return self(x[:, :, None], t[:, None], context)[:, :, 0]
         b, c, f, h, w = x.shape
         if t.shape != (b, f):
-            raise ValueError(f"the UNet got noise levels t of shape {tuple(t.shape)} for latents {tuple(x.shape)}; "
-                             f"it needs one level per frame, shape {(b, f)}")
-        smallest = 2 ** sum(isinstance(stage.get_submodule("0"), Downsample) for stage in self.input_blocks)
-        if h % smallest or w % smallest:
-            raise ValueError(f"the UNet got latents of {h}x{w}; height and width must be multiples of {smallest}: "
-                             "resize the pictures")
+            raise ValueError(f"the UNet got noise levels t of shape {tuple(t.shape)} for latents "
+                             f"{tuple(x.shape)}; it needs one level per frame, shape {(b, f)}")
+        if h % self.factor or w % self.factor:
+            raise ValueError(f"the UNet got latents of {h}x{w}; height and width must be multiples of "
+                             f"{self.factor}: resize the pictures")
         window = hint = None
-        images = rearrange(x, "b c f h w -> (b f) c h w")
         if temporal and f > 1:
             window, hint, neighbours = self.look_around(x, t, context, frames, given)
         emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
-        emb = self.time_embed(emb)                                                           # (b f, emb)
+        emb = self.time_embed(emb)                                                        # (b f, emb)
 
-        skips, hidden = [], images
+        skips, hidden = [], rearrange(x, "b c f h w -> (b f) c h w")
         for i, stage in enumerate(self.input_blocks):
             hidden = self.run(i, stage, hidden, emb, context, window)
             if i == 0 and hint is not None:
@@ -449,16 +448,18 @@ class UNet(nn.Module):
         return out
 
     def look_around(self, x, t, context, frames, given):
-        """What the temporal layers and the two paths for the given frames work with: the window, the hint at the entrance
-        (b f, 9, h, w), and the three latents that the exit may mix, each (b, 4, f, h, w)."""
+        """What the temporal layers and the two paths for the given frames work with.
+
+        Returns the window, the hint at the entrance (b f, 9, h, w), and three latents that the exit may mix,
+        each (b, 4, f, h, w): the frame's own and those of the nearest given frames before and after it."""
         b, c, f, h, w = x.shape
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
         before, after = nearest_given(given)
         emb = self.temporal_embed(t, frames, given, before, after, context)
-        window = Window(b, f, frames.diff(dim=1).to(emb.dtype), frames[:, :, None] - frames[:, None, :], emb)
+        window = Around(b, f, frames.diff(dim=1).to(emb.dtype), frames[:, :, None] - frames[:, None, :], emb)
 
-        def latents_of(index):                            # zeros where there is no given frame on that side
+        def latents_of(index):        # zeros where there is no given frame on that side
             taken = x[:, :4].gather(2, index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w))
             return taken * (index >= 0)[:, None, :, None, None]
 
@@ -470,24 +471,21 @@ class UNet(nn.Module):
     def run(self, i, stage, x, emb, context, window):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.
 
-        The older re-entrant kind of checkpointing trains nothing, in silence, when the input needs no gradient."""
+        The older, re-entrant checkpointing trains nothing, in silence, when the input needs no gradient."""
         if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
             return checkpoint(stage, x, emb, context, window, use_reentrant=False)
         return stage(x, emb, context, window)
 
 
 def is_temporal(name):
-    """Does a parameter of the UNet belong to the layers that the video stages train? All others are the image model."""
+    """Does a parameter of the UNet belong to what the video stages train? All others are the image model."""
     return "temporal" in name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The VAE
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- the VAE
 
 class VAEResBlock(nn.Module):
     """The ResBlock of the VAE: no noise level, its own names, and GroupNorm with eps 1e-6."""
-
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -503,7 +501,6 @@ class VAEResBlock(nn.Module):
 
 class VAEAttention(nn.Module):
     """Attention with one head between all pixels of a frame, as 1x1 convs."""
-
     def __init__(self, channels, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -517,7 +514,6 @@ class VAEAttention(nn.Module):
 
 class VAEDownsample(nn.Module):
     """Half the size. SD pads only on the right and at the bottom here."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -528,22 +524,22 @@ class VAEDownsample(nn.Module):
 
 def vae_middle(channels, groups):
     """Block, attention, block at the smallest size, under SD's names."""
-    return nn.ModuleDict({"block_1": VAEResBlock(channels, channels, groups), "attn_1": VAEAttention(channels, groups),
+    return nn.ModuleDict({"block_1": VAEResBlock(channels, channels, groups),
+                          "attn_1": VAEAttention(channels, groups),
                           "block_2": VAEResBlock(channels, channels, groups)})
 
 
 class Encoder(nn.Module):
-    """Pictures (n, 3 patch², H/patch, W/patch) -> mean and log-variance of the latents, (n, 8, h, w) before quant_conv."""
-
+    """Pictures (n, 3 patch², H/patch, W/patch) -> mean, log-variance (n, 8, h, w) before quant_conv."""
     def __init__(self, config):
         super().__init__()
         widths, groups = config.vae_widths, config.vae_groups
-        self.conv_in = nn.Conv2d(3 * config.vae_patch ** 2, widths[0], 3, padding=1)
+        ch, res_blocks = widths[0], config.vae_res_blocks
+        self.conv_in = nn.Conv2d(3 * config.vae_patch ** 2, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        ch = widths[0]
         for level, width in enumerate(widths):
-            blocks = nn.ModuleList([VAEResBlock(ch if i == 0 else width, width, groups) for i in range(config.vae_res_blocks)])
-            self.down.append(nn.ModuleDict({"block": blocks}))
+            blocks = [VAEResBlock(ch if i == 0 else width, width, groups) for i in range(res_blocks)]
+            self.down.append(nn.ModuleDict({"block": nn.ModuleList(blocks)}))
             ch = width
             if level < len(widths) - 1:
                 self.down[-1]["downsample"] = VAEDownsample(ch)
@@ -564,21 +560,20 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latents (n, 4, h, w) -> pictures (n, 3 patch², H/patch, W/patch)."""
-
     def __init__(self, config):
         super().__init__()
         widths, groups = config.vae_widths, config.vae_groups
-        ch = widths[-1]
+        ch, res_blocks = widths[-1], config.vae_res_blocks + 1
         self.conv_in = nn.Conv2d(4, ch, 3, padding=1)
         self.mid = vae_middle(ch, groups)
         up = []
         for level, width in reversed(list(enumerate(widths))):
-            blocks = [VAEResBlock(ch if i == 0 else width, width, groups) for i in range(config.vae_res_blocks + 1)]
+            blocks = [VAEResBlock(ch if i == 0 else width, width, groups) for i in range(res_blocks)]
             up.insert(0, nn.ModuleDict({"block": nn.ModuleList(blocks)}))
             ch = width
             if level > 0:
                 up[0]["upsample"] = Upsample(ch)
-        self.up = nn.ModuleList(up)                       # numbered by resolution: the last entry runs first
+        self.up = nn.ModuleList(up)   # numbered by resolution: the last entry runs first
         self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
         self.conv_out = nn.Conv2d(ch, 3 * config.vae_patch ** 2, 3, padding=1)
 
@@ -595,8 +590,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """SD's autoencoder (Rombach et al., section 3.1). Works frame by frame; `encode` and `decode` speak in videos."""
-
+    """SD's autoencoder (Rombach et al., section 3.1), frame by frame; `encode`, `decode` speak in videos."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -604,7 +598,7 @@ class VAE(nn.Module):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
 
     def moments(self, images):
-        """Pictures (n, 3, H, W) in [-1, 1] -> mean and log-variance of their unscaled latents, (n, 4, h, w) each."""
+        """Pictures (n, 3, H, W) in [-1, 1] -> mean, log-variance of unscaled latents, (n, 4, h, w) each."""
         return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.vae_patch))).chunk(2, dim=1)
 
     def pictures(self, z):
@@ -612,17 +606,18 @@ class VAE(nn.Module):
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.vae_patch)
 
     def scaling(self, latents):
-        """Mean and standard deviation of the unscaled latents per channel, shaped to match (b, 4, f, h, w)."""
+        """Mean and deviation of the unscaled latents per channel, shaped to match (b, 4, f, h, w)."""
         return (torch.tensor(v, device=latents.device, dtype=latents.dtype).view(1, 4, 1, 1, 1)
                 for v in (self.config.latent_mean, self.config.latent_std))
 
     def encode(self, video, chunk=16):
-        """video (b, 3, f, H, W) in [-1, 1] -> latents (b, 4, f, h, w), scaled to mean 0 and deviation 1; `chunk` frames
-        at a time. The mean is taken, not a sample: the same picture has the same latents every time."""
-        factor = self.config.vae_factor
-        if video.shape[-1] % factor or video.shape[-2] % factor:
-            raise ValueError(f"a picture of {video.shape[-2]}x{video.shape[-1]} pixels cannot be encoded: height and width must "
-                             f"be multiples of {factor}; resize it")
+        """Video (b, 3, f, H, W) in [-1, 1] -> latents (b, 4, f, h, w) of mean 0 and deviation 1.
+
+        `chunk` frames at a time; the mean, not a sample: the same picture has the same latents every time."""
+        factor, (H, W) = self.config.vae_factor, video.shape[-2:]
+        if H % factor or W % factor:
+            raise ValueError(f"a picture of {H}x{W} pixels cannot be encoded: height and width must be "
+                             f"multiples of {factor}; resize it")
         frames = rearrange(video, "b c f H W -> (b f) c H W")
         z = torch.cat([self.moments(part)[0] for part in frames.split(chunk)])
         latents = rearrange(z, "(b f) c h w -> b c f h w", b=video.shape[0])
@@ -637,13 +632,10 @@ class VAE(nn.Module):
         return rearrange(frames, "(b f) c H W -> b c f H W", b=latents.shape[0]).clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------- text
 
 class TextAttention(nn.Module):
     """Causal self-attention with CLIP's names."""
-
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -658,7 +650,6 @@ class TextAttention(nn.Module):
 
 class TextLayer(nn.Module):
     """One transformer layer of CLIP: pre-norm, quick GELU x·σ(1.702 x)."""
-
     def __init__(self, width, heads):
         super().__init__()
         self.self_attn = TextAttention(width, heads)
@@ -673,7 +664,6 @@ class TextLayer(nn.Module):
 
 class TextEncoder(nn.Module):
     """CLIP's text tower (Radford et al.): token ids (b, 77) -> context (b, 77, d), after the final norm."""
-
     def __init__(self, config):
         super().__init__()
         width = config.text_width
@@ -683,10 +673,12 @@ class TextEncoder(nn.Module):
         self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(width)
         for embedding in self.embeddings.values():
+            # narrow rows need larger numbers to be told apart from the first step on
             nn.init.normal_(embedding.weight, std=0.02 if width > 256 else 0.3)
 
     def forward(self, tokens):
-        x = self.embeddings["token_embedding"](tokens) + self.embeddings["position_embedding"].weight[:tokens.shape[1]]
+        positions = self.embeddings["position_embedding"].weight[:tokens.shape[1]]
+        x = self.embeddings["token_embedding"](tokens) + positions
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.final_layer_norm(x)
@@ -694,8 +686,9 @@ class TextEncoder(nn.Module):
 
 @lru_cache
 def byte_symbols():
-    """A printable character for each of the 256 bytes, in the order of CLIP's vocabulary: printable ones stand for
-    themselves and come first, the others take characters from 256 on."""
+    """A printable character for each of the 256 bytes, in the order of CLIP's vocabulary.
+
+    Printable ones stand for themselves and come first, the others take characters from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = {byte: chr(byte) for byte in printable}
     for i, byte in enumerate(b for b in range(256) if b not in symbols):
@@ -704,15 +697,18 @@ def byte_symbols():
 
 
 def split_words(text):
-    """A cleaned text as the list of pieces that byte pairs never cross: runs of letters, single digits, runs of other
-    signs, and the English endings 's 't 're 've 'm 'll 'd."""
+    """A cleaned text as the list of pieces that byte pairs never cross.
+
+    They are runs of letters, single digits, runs of other signs, and the English ENDINGS."""
+    def kind(ch):
+        category = unicodedata.category(ch)[0]            # L of letters, N of numbers
+        return " " if ch.isspace() else category if category in "LN" else "*"
+
     words, i = [], 0
-    kind = lambda ch: " " if ch.isspace() else unicodedata.category(ch)[0] if unicodedata.category(ch)[0] in "LN" else "*"
     while i < len(text):
-        ending = next((e for e in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(e, i)), None)
-        special = next((s for s in ("<|startoftext|>", "<|endoftext|>") if text.startswith(s, i)), None)
-        if special or ending:
-            words.append(special or ending)
+        whole = next((s for s in (*SPECIAL_TOKENS, *ENDINGS) if text.startswith(s, i)), None)
+        if whole:
+            words.append(whole)
         elif kind(text[i]) == "N":
             words.append(text[i])
         else:
@@ -722,19 +718,18 @@ def split_words(text):
 
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer. `merges`: its list of pairs, best first; without one, the plain bytes of the tiny preset."""
-
+    """CLIP's byte-pair tokenizer. `merges`: its pairs, best first; without, the plain bytes of tiny."""
     def __init__(self, merges=()):
         symbols = list(byte_symbols().values())
         pairs = [tuple(merge.split()) for merge in merges]
-        vocabulary = symbols + [s + "</w>" for s in symbols] + ["".join(p) for p in pairs] + ["<|startoftext|>", "<|endoftext|>"]
+        vocabulary = [*symbols, *(s + "</w>" for s in symbols), *("".join(p) for p in pairs), *SPECIAL_TOKENS]
         self.merges = list(merges)
         self.ids = {symbol: i for i, symbol in enumerate(vocabulary)}
         self.ranks = {pair: i for i, pair in enumerate(pairs)}
-        self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
+        self.start, self.end = (self.ids[token] for token in SPECIAL_TOKENS)
 
     def pieces(self, word):
-        """One word as the symbols that are left when the best-ranked neighbours have been joined again and again."""
+        """One word as the symbols left when the best-ranked neighbours have been joined again and again."""
         parts = [byte_symbols()[byte] for byte in word.encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -752,9 +747,8 @@ class Tokenizer:
     def encode(self, text):
         """The ids of a text, with start and end token, cut so that the end token still fits."""
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
-        ids = [self.ids[word] if word in ("<|startoftext|>", "<|endoftext|>") else self.ids[piece]
-               for word in split_words(text)
-               for piece in ([word] if word in ("<|startoftext|>", "<|endoftext|>") else self.pieces(word))]
+        ids = [self.ids[piece] for word in split_words(text)
+               for piece in ([word] if word in SPECIAL_TOKENS else self.pieces(word))]
         return [self.start, *ids[:TEXT_TOKENS - 2], self.end]
 
     def __call__(self, texts):
@@ -763,9 +757,7 @@ class Tokenizer:
         return torch.tensor([row + [self.end] * (TEXT_TOKENS - len(row)) for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it together, and on disk
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- all of it together, and on disk
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text": "cond_stage_model.transformer.text_model."}   # as in SD's own single file
@@ -773,7 +765,7 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
 
 @dataclass
 class Model:
-    """The three networks of a preset with their tokenizer. `about` is what the weights file says of itself."""
+    """The three networks of a preset and their tokenizer. `about`: what the weights file says of itself."""
 
     config: Config
     unet: UNet
@@ -792,7 +784,7 @@ class Model:
         return {"unet": self.unet, "vae": self.vae, "text": self.text}
 
     def to(self, device):
-        """Move all networks; returns self. The UNet's convolutions are faster with the channels last in memory."""
+        """Move all networks; returns self. The UNet's convs are faster with the channels last in memory."""
         for network in self.networks().values():
             network.to(device)
         self.unet.to(memory_format=torch.channels_last)
@@ -800,8 +792,7 @@ class Model:
 
     def context(self, prompts):
         """Text embeddings of a list of prompts: (n, 77, d)."""
-        device = next(self.text.parameters()).device
-        return self.text(self.tokenizer(prompts).to(device))
+        return self.text(self.tokenizer(prompts).to(next(self.text.parameters()).device))
 
     def set_latent_scaling(self, mean, std):
         """Take over the mean and deviation of the latents, measured when the VAE had been trained."""
@@ -821,7 +812,7 @@ def choose_device(name=None):
 
 
 def save_weights(path, model, dtype=torch.float16, parts=("unet", "vae", "text"), only=None, **about):
-    """Write a model as one safetensors file with SD's key names; `only` filters the names of the UNet's parameters.
+    """Write a model as one safetensors file with SD's key names; `only` filters the UNet's parameter names.
 
     The file appears under its name when it is complete, never before."""
     tensors = {PREFIXES[part] + name: tensor.detach().to("cpu", dtype).contiguous()
@@ -830,34 +821,37 @@ def save_weights(path, model, dtype=torch.float16, parts=("unet", "vae", "text")
     metadata = {"format": "nanovideo", "config": json.dumps(asdict(model.config)),
                 "merges": "\n".join(model.tokenizer.merges), "about": json.dumps({**model.about, **about})}
     save_file(tensors, f"{path}.tmp", metadata=metadata)
-    os.chmod(f"{path}.tmp", 0o644)                        # safetensors makes files that only their owner can read
+    os.chmod(f"{path}.tmp", 0o644)    # safetensors makes files that only their owner can read
     os.replace(f"{path}.tmp", path)
 
 
 def read_weights(path):
-    """The config, merges, description and tensors of a file that `save_weights` wrote. Raises ValueError with one sentence."""
+    """The config, merges, description, tensors of a file by `save_weights`. ValueError says what is wrong."""
     if not os.path.exists(path):
-        raise ValueError(f"no weights file at {path}: the tiny preset's are assets/tiny.safetensors; for sd15 run "
-                         f"convert_sd_weights.py on a Stable Diffusion 1.x checkpoint")
+        raise ValueError(f"no weights file at {path}: the tiny preset's are assets/tiny.safetensors; for "
+                         f"sd15 run convert_sd_weights.py on a Stable Diffusion 1.x checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "nanovideo":
-                raise ValueError(f"{path} is a safetensors file, but not one of ours: run convert_sd_weights.py on a Stable "
-                                 f"Diffusion 1.x checkpoint first")
+                raise ValueError(f"{path} is a safetensors file, but not one of ours: run "
+                                 f"convert_sd_weights.py on a Stable Diffusion 1.x checkpoint first")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): give the weights file that train.py or "
-                         f"convert_sd_weights.py wrote") from None
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(metadata["config"]).items()}
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): give the weights file that "
+                         f"train.py or convert_sd_weights.py wrote") from None
+    fields = {key: tuple(value) if isinstance(value, list) else value
+              for key, value in json.loads(metadata["config"]).items()}
     merges = metadata["merges"].split("\n") if metadata["merges"] else []
     return Config(**fields), merges, json.loads(metadata["about"]), tensors
 
 
 def fill(model, tensors, path, parts=("unet", "vae", "text"), temporal="optional"):
-    """Copy tensors into the networks `parts` of a model. Every tensor must fit and every parameter be there; temporal layers
-    may be missing altogether ("optional"), must be there ("required"), or are all the file holds ("only")."""
-    wanted = {PREFIXES[part] + name: tensor for part in parts for name, tensor in model.networks()[part].state_dict().items()}
+    """Copy tensors into the networks `parts` of a model: every tensor must fit and every parameter be there.
+
+    Temporal layers may all be missing ("optional"), must be there ("required"), or alone count ("only")."""
+    wanted = {PREFIXES[part] + name: tensor for part in parts
+              for name, tensor in model.networks()[part].state_dict().items()}
     if temporal == "only":
         wanted = {key: tensor for key, tensor in wanted.items() if is_temporal(key)}
         tensors = {key: tensor for key, tensor in tensors.items() if is_temporal(key)}
@@ -867,22 +861,23 @@ def fill(model, tensors, path, parts=("unet", "vae", "text"), temporal="optional
     shapes = [key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape]
     for problem, keys in (("lacks", missing), ("has unknown", extra), ("has the wrong shape for", shapes)):
         if keys:
-            raise ValueError(f"{path} {problem} {len(keys)} tensors for preset {model.config.name}: {', '.join(keys[:8])}"
-                             f"{' ...' if len(keys) > 8 else ''}; give a file of this preset and stage")
+            raise ValueError(f"{path} {problem} {len(keys)} tensors for preset {model.config.name}: "
+                             f"{', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}; "
+                             f"give a file of this preset and stage")
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(tensors[key])
 
 
 def load_weights(path, preset=None):
-    """The model in a weights file, in float32 on the CPU, in eval mode. Raises ValueError when it is of another preset."""
+    """The model in a weights file, float32, on the CPU, in eval mode. ValueError if of another preset."""
     config, merges, about, tensors = read_weights(path)
     if preset is not None and config.name != preset:
-        raise ValueError(f"{path} holds weights of preset {config.name}, but --preset is {preset}: give the other file or the "
-                         f"other preset")
+        raise ValueError(f"{path} holds weights of preset {config.name}, but --preset is {preset}: give the "
+                         f"other file or the other preset")
     if not any(key.startswith(PREFIXES["vae"]) for key in tensors):
-        raise ValueError(f"{path} holds only the temporal layers of stage {about.get('stage')}: give it as --stage_weights "
-                         f"beside a full weights file")
+        raise ValueError(f"{path} holds only the temporal layers of stage {about.get('stage')}: give it as "
+                         f"--stage_weights beside a full weights file")
     model = Model.build(config, merges)
     model.about = about
     fill(model, tensors, path)

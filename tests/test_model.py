@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as M
-from model import (PREFIXES, PRESETS, VAE, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet, Window,
+from model import (PREFIXES, PRESETS, VAE, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet, Around,
                    attention, is_temporal, load_weights, nearest_given, save_weights)
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -141,7 +141,7 @@ def test_side_taps_fade_with_the_gap():
     torch.nn.init.dirac_(conv.weight)
     torch.nn.init.zeros_(conv.bias)
     x = torch.randn(3, 2, 4, 4)
-    window = Window(1, 3, torch.tensor([[1.0, 4.0]]), None, None)
+    window = Around(1, 3, torch.tensor([[1.0, 4.0]]), None, None)
     conv.temporal.weight[:2, :, 0, 0] = torch.eye(2)
     assert largest(conv(x, window), torch.stack([x[0], x[1] + x[0], x[2] + x[1] / 2])) <= 1e-6
     conv.temporal.weight[:2] = 0
