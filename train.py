@@ -495,12 +495,14 @@ def main(argv=None):
         if step % args.val_every == 0 or last:
             swap(ema, trainable)
             val, quarters = validation_loss(model, schedule, batches, args, device)
+            swap(ema, trainable)
             row |= {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
             by_quarter = " ".join(f"{q:.4f}" for q in quarters)
             progress.write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
-            if args.sample_every and step and step % args.sample_every == 0:
-                sheet = os.path.join(args.out, "samples", f"{step:06d}.png")
-                sample_sheet(sheet, model, schedule, batches[0], args, device)
+        if args.sample_every and step and step % args.sample_every == 0:
+            swap(ema, trainable)
+            path = os.path.join(args.out, "samples", f"{step:06d}.png")
+            sample_sheet(path, model, schedule, batches[0], args, device)
             swap(ema, trainable)
         if step and (step % args.save_every == 0 or last):
             log_file.flush()
