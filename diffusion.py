@@ -109,6 +109,25 @@ def v_from(x0, eps, abar):
     return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
 
+def lean_on(schedule, output, x_t, t, guess, e):
+    """The answer of a network that works on what is left over by a guess at the clean frame, in eps or v.
+
+    If x0 were known to lie around `guess` with deviation e, the best answer in v without any network would be
+    v* = σ (α (1 − e²) x_t − guess) / D with D = α² e² + σ², and its error would have deviation e/√D: the network's
+    v is scaled by that and added. With guess 0 and e 1 this is c_skip and c_out of EDM (2206.00364, table 1) at
+    σ_data = 1, where v* = 0: the network's own answer, bit for bit. As e -> 0 it becomes the guess itself.
+
+    output, x_t, guess (b, c, f, h, w); t (b, f); e > 0 broadcasts against them."""
+    abar = at(schedule.alpha_bar, t, x_t)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    d = 1 + abar * (e ** 2 - 1)                             # exactly 1 at e = 1, whatever alpha rounds to
+    v_guess = sigma * (alpha * (1 - e ** 2) * x_t - guess) / d
+    scale = e / d.sqrt()
+    if schedule.prediction == "v":
+        return scale * output + v_guess
+    return output + (scale - 1) * (output - sigma * x_t) + alpha * v_guess  # the same with eps = α v + σ x_t
+
+
 def min_snr_weight(schedule, t, gamma):
     """Loss weight that keeps the easy, almost clean levels from dominating (2303.09556). Shaped like t.
 

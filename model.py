@@ -30,6 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion import NoiseSchedule, lean_on
+
 LATENT_SCALE = 0.18215   # SD1.x: latents times this have a standard deviation near 1
 GRID_LIMIT = 65_535      # most rows x heads of one attention call: CUDA kernels refuse a larger launch grid
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
@@ -366,11 +368,10 @@ def nearest_given(given):
 class UNet(nn.Module):
     """SD1.5's UNet (Rombach et al.) with temporal layers: says the noise in the latents, or v, per frame.
 
-    On top of the temporal layers come two zero-initialised paths for the given frames, `temporal_hint` at the
-    entrance and `temporal_skip` at the exit. The first shows every frame the latents of the nearest given
-    frames; the second can answer with a mixture of its own noisy latents and theirs, weighted per channel by
-    what the frame is told about itself. That is the linear part of the best guess (copy, or blend the two
-    ends), so that the network only has to learn what is left."""
+    On top of the temporal layers come two zero-initialised paths for the given frames. `temporal_hint`, at the
+    entrance, shows every frame the latents of the nearest given frames before and after it. `temporal_guess`, at
+    the exit, says per frame and channel how far the blend of these two (or the copy of the only one) is to be
+    trusted; `diffusion.lean_on` turns that into the answer, and the network only has to learn what is left."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
@@ -409,7 +410,8 @@ class UNet(nn.Module):
 
         self.temporal_embed = FrameEmbedding(c.temporal_emb_dim, c.text_width)
         self.temporal_hint = zero(nn.Conv2d(2 * 4 + 1, widths[0], 3, padding=1))
-        self.temporal_skip = zero(nn.Linear(c.temporal_emb_dim, 3 * 4))
+        self.temporal_guess = zero(nn.Linear(c.temporal_emb_dim, 3 * 4))
+        self.schedule = NoiseSchedule(c.prediction, c.zero_terminal_snr)
 
     def forward(self, x, t, context, frames=None, given=None, temporal=True):
         """Returns eps or v, in the shape of x with 4 channels; temporal=False, or one frame, is plain SD.
@@ -428,7 +430,7 @@ class UNet(nn.Module):
                              f"{self.factor}: resize the pictures")
         window = hint = None
         if temporal and f > 1:
-            window, hint, neighbours = self.look_around(x, t, context, frames, given)
+            window, hint, blend = self.look_around(x, t, context, frames, given)
         emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
         emb = self.time_embed(emb)                                                        # (b f, emb)
 
@@ -443,15 +445,17 @@ class UNet(nn.Module):
             hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
         out = rearrange(self.out(hidden), "(b f) c h w -> b c f h w", b=b)
         if window is not None:
-            gates = rearrange(self.temporal_skip(window.emb), "b f (k c) -> k b c f 1 1", k=3)
-            out = out + sum(gate * latents for gate, latents in zip(gates, neighbours))
+            trust = rearrange(self.temporal_guess(window.emb), "b f (k c) -> k b c f 1 1", k=3)
+            guess = trust[0] * blend[0] + trust[1] * blend[1]
+            out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, guess, trust[2].clamp(-5, 1).exp())
         return out
 
     def look_around(self, x, t, context, frames, given):
         """What the temporal layers and the two paths for the given frames work with.
 
-        Returns the window, the hint at the entrance (b f, 9, h, w), and three latents that the exit may mix,
-        each (b, 4, f, h, w): the frame's own and those of the nearest given frames before and after it."""
+        Returns the window, the hint at the entrance (b f, 9, h, w), and the two halves of the blend, each
+        (b, 4, f, h, w): latents of the nearest given frame on one side times its weight, which falls linearly
+        with the distance to it. Zeros where there is no given frame on that side."""
         b, c, f, h, w = x.shape
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
@@ -459,14 +463,17 @@ class UNet(nn.Module):
         emb = self.temporal_embed(t, frames, given, before, after, context)
         window = Around(b, f, frames.diff(dim=1).to(emb.dtype), frames[:, :, None] - frames[:, None, :], emb)
 
-        def latents_of(index):        # zeros where there is no given frame on that side
-            taken = x[:, :4].gather(2, index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w))
-            return taken * (index >= 0)[:, None, :, None, None]
+        spread = lambda values: values[:, None, :, None, None].to(x.dtype)                # (b, 1, f, 1, 1)
+        at = lambda index: index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w)
+        latents = [x[:, :4].gather(2, at(index)) * spread(index >= 0) for index in (before, after)]
+        hint = torch.cat([*latents, spread(given).expand(b, 1, f, h, w)], dim=1)
 
-        neighbours = x[:, :4], latents_of(before), latents_of(after)
-        flag = given[:, None, :, None, None].expand(b, 1, f, h, w).to(x.dtype)
-        hint = rearrange(torch.cat([*neighbours[1:], flag], dim=1), "b c f h w -> (b f) c h w")
-        return window, hint, neighbours
+        ahead = frames.gather(1, after.clamp(min=0)) - frames
+        behind = frames - frames.gather(1, before.clamp(min=0))
+        share = behind / (behind + ahead).clamp(min=1)                                    # of the later frame
+        weights = torch.where(after < 0, 1, 1 - share), torch.where(before < 0, 1, share)
+        blend = [spread(weight) * latent for weight, latent in zip(weights, latents)]
+        return window, rearrange(hint, "b c f h w -> (b f) c h w"), blend
 
     def run(self, i, stage, x, emb, context, window):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import data
 from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
                        rescale_guidance)
-from model import PRESETS, TINY_WEIGHTS, choose_device, fill, load_weights, read_weights
-from schedule import PLANNERS, show, stats, verify
+from model import PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, read_weights
+from schedule import PLANNERS, STAGES, show, stats, verify
 
 # what a preset uses where the command line is silent: DDIM steps, guidance, noise of frames the model made
 DEFAULTS = {"tiny": (8, 1.0, "t=50"), "sd15": (30, 7.5, "nsr=0.33")}
@@ -65,8 +65,8 @@ def parse(argv):
     # with what
     p.add_argument("--preset", default="tiny", choices=list(PRESETS))
     p.add_argument("--weights", default=None, help="default for the tiny preset: assets/tiny.safetensors")
-    p.add_argument("--temporal", metavar="FILE",
-                   help="temporal layers of a training run, in place of those in --weights")
+    p.add_argument("--temporal", nargs="+", default=[], metavar="FILE", help="temporal layers of training runs: "
+                   "each file makes the windows of its stage (video: all), --weights the others")
     p.add_argument("--batch_size", type=int, default=8,
                    help="windows that go through the UNet together; less needs less memory")
     p.add_argument("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together")
@@ -75,8 +75,8 @@ def parse(argv):
     p.add_argument("--out", help="folder of this run; default the next free out/sample_NNN")
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     p.add_argument("--plan", action="store_true", help="print the plan and stop")
-    p.add_argument("--evaluate", action="store_true",
-                   help="compare ladder and seed with the truth on test worlds")
+    p.add_argument("--evaluate", nargs="*", choices=list(PLANNERS), metavar="SCHEDULE",
+                   help="compare schedules, default all, with the truth on test worlds")
     p.add_argument("--worlds", type=int, default=64, help="how many test worlds --evaluate uses")
     args = p.parse_args(argv)
     for name, value in zip(("steps", "guidance_scale", "aug"), DEFAULTS[args.preset]):
@@ -99,11 +99,11 @@ def parse(argv):
 class Sampler:
     """A model with the choices of one run: how its UNet is asked, and at which noise levels.
 
-    `say` is what the DDIM loop calls; contexts are (b, 77, d), one for the prompt and one for the negative
-    prompt."""
+    Contexts are (b, 77, d), one for the prompt and one for the negative prompt. `layers` holds temporal layers
+    {name: tensor} for each stage that has a file of its own."""
 
-    def __init__(self, model, args, device):
-        self.model, self.device, self.args = model.to(device), device, args
+    def __init__(self, model, args, device, layers):
+        self.model, self.device, self.args, self.layers = model.to(device), device, args, layers
         self.schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
         self.aug = parse_noise_level("none" if args.context_noise == "none" else args.aug, self.schedule)
         # with zero terminal SNR sampling has to start at the last level; SD1.x was made with "leading" and
@@ -173,8 +173,11 @@ class Sampler:
         known = set(user) | set(done)
         for level in range(max((window.level for window in plan), default=-1) + 1):
             todo = [window for window in plan if window.level == level and not set(window.new) <= known]
-            for length in sorted({len(window.frames) for window in todo}):
-                jobs = [(video, w) for w in todo if len(w.frames) == length for video in range(len(seeds))]
+            kind = lambda window: (window.stage, len(window.frames))  # what goes through the UNet together
+            for stage, length in sorted(set(map(kind, todo))):
+                if self.layers:
+                    self.model.unet.load_state_dict(self.layers[stage], strict=False)
+                jobs = [(video, w) for w in todo if kind(w) == (stage, length) for video in range(len(seeds))]
                 for start in range(0, len(jobs), self.args.batch_size):
                     batch = jobs[start:start + self.args.batch_size]
                     self.windows(batch, latents, contexts, seeds, user)
@@ -409,10 +412,14 @@ def prepare(args):
     """Device, model and sampler of a run, and one line about each."""
     device, why = choose_device(args.device)
     model = load_weights(args.weights, args.preset)
-    if args.temporal:
-        _, _, about, tensors = read_weights(args.temporal)
-        fill(model, tensors, args.temporal, parts=("unet",), temporal="only")
-    sampler = Sampler(model, args, device)
+    temporal = lambda: {name: p.clone() for name, p in model.unet.state_dict().items() if is_temporal(name)}
+    layers = {stage: temporal() for stage in STAGES} if args.temporal else {}
+    for path in args.temporal:
+        _, _, about, tensors = read_weights(path)
+        fill(model, tensors, path, parts=("unet",), temporal="only")
+        layers |= {stage: temporal() for stage in STAGES if about["stage"] in (stage, "video")}
+        print(f"temporal layers of {path} make the windows of stage {about['stage']}")
+    sampler = Sampler(model, args, device, layers)
     print(f"device: {device} ({why})")
     print(f"noise of given frames the model made: {sampler.aug} ({args.context_noise})")
     return model, sampler, device
@@ -507,6 +514,10 @@ def sample(args):
         video[:, :1] = picture                            # a frame that was given comes back as it was
     write_video(args.out, data.to_pixels(video), args.fps)
     write_metrics(args.out, video, truth)
+    if truth is not None and args.frames > 1:             # a model that does not beat copying should say so
+        ahead = slice(1, None)
+        for name, made in (("this video", video), ("copying the first frame", picture.expand_as(truth))):
+            print(f"{name}: {psnr((made + 1) / 2, (truth + 1) / 2)[ahead].mean():.1f} dB against the truth")
     print(f"sampled in {sampled - begun:.1f} s, decoded and written in {time.time() - sampled:.1f} s: "
           f"{args.frames} frames in {args.out}")
     print(f"look at {args.out}/sheet.png first, then at video.webp and drift.png")
@@ -533,7 +544,7 @@ def evaluate(args):
               "blend true ends": [truth[:, :1] * (1 - mix) + truth[:, -1:] * mix for truth in truths]}
     first = torch.stack([latent_of(truth[:, :1])[0] for truth in truths])
     contexts = sampler.contexts([world.caption() for world in worlds])
-    plans = {name: PLANNERS[name](n) for name in PLANNERS}
+    plans = {name: PLANNERS[name](n) for name in args.evaluate or PLANNERS}
     for name, plan in plans.items():
         latents = empty_latents(len(worlds), plan, n, model.config, model.config.size)
         latents[:, :, :1] = first
@@ -541,7 +552,7 @@ def evaluate(args):
         sampler.run(plan, latents, contexts, list(range(len(worlds))))
         videos[name] = [decode(row) for row in latents]
         print(f"{name}: {(time.time() - begun) / len(worlds):.1f} s per video")
-    seams = {name: joins(plans.get(name, plans["ladder"]), n) for name in videos}
+    seams = {name: joins(plans.get(name) or PLANNERS["ladder"](n), n) for name in videos}
     rows = {name: [measure(v, truth, world, seams[name]) for v, truth, world in zip(made, truths, worlds)]
             for name, made in videos.items()}
     write_table(args, rows)
@@ -581,7 +592,7 @@ def main(argv=None):
     if args.plan:
         plan = PLANNERS[args.schedule](args.frames)
         print(show(plan, args.frames))
-    elif args.evaluate:
+    elif args.evaluate is not None:
         evaluate(args)
     else:
         sample(args)

@@ -34,7 +34,7 @@ from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_tempora
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
 DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (5000, 6, 2e-3, 512),
-            "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (200, 6, 2e-3, 128)}
+            "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
 
@@ -54,8 +54,8 @@ def parse(argv):
     p.add_argument("--resume", metavar="auto|FILE",
                    help="go on from the checkpoint in --out (auto) or from a file")
     # data
-    p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory; more is "
-                   "better and slower to prepare; default 4096 for image, 256 for the video stages")
+    p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is better "
+                   "and slower to prepare; default 4096 for image, 512 for video, about 100 for the others")
     p.add_argument("--frames", type=int, default=121,
                    help="length of the training clips: windows of plans for so many frames")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
@@ -334,6 +334,8 @@ def peak_memory(device):
     """Most memory used so far, in GB: of the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return 0.0  # the standard library cannot tell there
     import resource
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (1e9 if sys.platform == "darwin" else 1e6)

@@ -261,3 +261,36 @@ def test_frame_noise_is_normal_and_uncorrelated_between_frames_kinds_and_seeds()
     assert max(abs((a * b).mean()) for a, b in combinations(noises, 2)) < 5 * n ** -0.5
     streams = {D.mix(12345 ^ D.mix(i)) for i in range(200_000)}
     assert len(streams) == 200_000, "mix must be a bijection: two frames would share their noise"
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_leaning_on_nothing_is_the_network_itself(prediction):
+    """guess 0 and e 1: bit for bit the network's output, at every level."""
+    schedule = NoiseSchedule(prediction, zero_terminal_snr=prediction == "v")
+    output, x_t = torch.randn(2, 2, 4, 50, 3, 3).unbind(0)
+    t = torch.arange(0, 1000, 10).view(2, 50)
+    assert torch.equal(D.lean_on(schedule, output, x_t, t, torch.zeros_like(x_t), torch.ones(1)), output)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_leaning_all_the_way_answers_with_the_guess(prediction):
+    """e -> 0: whatever the network says, x0_pred is the guess."""
+    schedule = NoiseSchedule(prediction, zero_terminal_snr=prediction == "v")
+    output, x_t, guess = torch.randn(3, 2, 4, 5, 3, 3).unbind(0)
+    t = torch.tensor([[100, 300, 500, 700, 900]] * 2)
+    answer = D.lean_on(schedule, output, x_t, t, guess, torch.tensor(1e-6))
+    assert torch.allclose(schedule.to_x0(x_t, t, answer), guess, atol=1e-3)
+
+
+def test_leaning_without_a_network_is_the_best_guess_of_a_gaussian():
+    """If x0 ~ N(guess, e^2), no other mixture of guess and x_t has a smaller error than output 0 gives, and it is
+    the posterior mean's: e^2 sigma^2 / D."""
+    schedule, e = NoiseSchedule("v"), torch.tensor(0.4)
+    guess, away, eps = torch.randn(3, 1, 4, 3, 60, 60).unbind(0)
+    t = torch.tensor([[150, 450, 750]])
+    x0 = guess + e * away
+    x_t = schedule.q_sample(x0, t, eps)
+    x0_pred = schedule.to_x0(x_t, t, D.lean_on(schedule, torch.zeros_like(x_t), x_t, t, guess, e))
+    error = (x0_pred - x0).square().mean((0, 1, 3, 4))
+    abar = schedule.alpha_bar[t[0]]
+    assert torch.allclose(error, e ** 2 * (1 - abar) / (abar * e ** 2 + 1 - abar), rtol=0.05)

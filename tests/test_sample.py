@@ -127,7 +127,7 @@ def test_context_noise_modes(restless_weights, tmp_path, mode, noised, labelled)
     The user's frame stays clean at t = 0."""
     args = sample.parse(["--weights", restless_weights, "--steps", "2", "--aug", "t=100",
                          "--context_noise", mode])
-    sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"))
+    sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"), {})
     window = ladder(61)[1]
     latents = torch.randn(1, 4, 61, 16, 16, generator=torch.Generator().manual_seed(0))
     seen = {}
@@ -139,6 +139,19 @@ def test_context_noise_modes(restless_weights, tmp_path, mode, noised, labelled)
             same = torch.equal(seen["x"][0, :, place], latents[0, :, frame])
             assert same == (frame == 0 or not noised)
             assert seen["t"][0, place] == (100 if labelled and frame != 0 else 0)
+
+
+def test_each_stage_file_makes_the_windows_of_its_stage(tmp_path, small_weights, restless_weights):
+    """--temporal with a file of stage interp: starter windows come from --weights, interp windows from the file."""
+    model = load_weights(restless_weights)
+    stage_file = str(tmp_path / "interp.safetensors")
+    save_weights(stage_file, model, torch.float32, parts=("unet",), only=is_temporal, stage="interp")
+    plain = pixels(run(tmp_path, small_weights, name="plain", frames=30))
+    mixed = pixels(run(tmp_path, small_weights, "--temporal", stage_file, name="mixed", frames=30))
+    keys = [frame for window in ladder(30) if window.stage == "starter" for frame in window.new]
+    filled = [frame for window in ladder(30) if window.stage == "interp" for frame in window.new]
+    assert keys and filled
+    assert np.array_equal(plain[keys], mixed[keys]) and not np.array_equal(plain[filled], mixed[filled])
 
 
 def test_truth_measured_against_itself_is_perfect():
