@@ -112,10 +112,11 @@ def v_from(x0, eps, abar):
 def lean_on(schedule, output, x_t, t, guess, e):
     """The answer of a network that works on what is left over by a guess at the clean frame, in eps or v.
 
-    If x0 were known to lie around `guess` with deviation e, the best answer in v without any network would be
-    v* = σ (α (1 − e²) x_t − guess) / D with D = α² e² + σ², and its error would have deviation e/√D: the network's
-    v is scaled by that and added. With guess 0 and e 1 this is c_skip and c_out of EDM (2206.00364, table 1) at
-    σ_data = 1, where v* = 0: the network's own answer, bit for bit. As e -> 0 it becomes the guess itself.
+    If x0 were known to lie around `guess` with deviation e, the best answer in v without any network would
+    be v* = σ (α (1 − e²) x_t − guess) / D with D = α² e² + σ², and its error would have deviation e/√D: the
+    network's v is scaled by that and added. With guess 0 and e 1 this is c_skip and c_out of EDM (2206.00364,
+    table 1) at σ_data = 1, where v* = 0: the network's own answer, bit for bit. As e -> 0 it becomes the
+    guess itself.
 
     output, x_t, guess (b, c, f, h, w); t (b, f); e > 0 broadcasts against them."""
     abar = at(schedule.alpha_bar, t, x_t)
@@ -306,7 +307,7 @@ def frame_noise(seed, frame, shape, kind="start"):
 # ----------------------------------------------------------------------------------------- a whole window
 
 def ddim_sample(schedule, say, x, t_given, new, levels):
-    """Denoise the frames `new` of a window, each DDIM step with the given frames in view.   (b, c, f, h, w) -> same
+    """Denoise the frames `new` of a window, the given frames in view at every step.   (b, c, f, h, w) -> same
 
     say      (x_t, t) -> what the network says about x_t, guided or not
     x        noise where a frame is new, else its given latents, which are put back after every step

@@ -356,8 +356,8 @@ class FrameEmbedding(nn.Module):
 def nearest_given(given):
     """For every frame of a window the index of the nearest given frame at or before it, and at or after it.
 
-    given: (b, f) bool. Returns two (b, f) int tensors, -1 where there is none. A given frame is its own nearest
-    on both sides."""
+    given: (b, f) bool. Returns two (b, f) int tensors, -1 where there is none. A given frame is its own
+    nearest on both sides."""
     f = given.shape[1]
     index = torch.arange(f, device=given.device).expand_as(given)
     before = torch.where(given, index, -1).cummax(1).values
@@ -368,10 +368,11 @@ def nearest_given(given):
 class UNet(nn.Module):
     """SD1.5's UNet (Rombach et al.) with temporal layers: says the noise in the latents, or v, per frame.
 
-    On top of the temporal layers come two zero-initialised paths for the given frames. `temporal_hint`, at the
-    entrance, shows every frame the latents of the nearest given frames before and after it. `temporal_guess`, at
-    the exit, says per frame and channel how far the blend of these two (or the copy of the only one) is to be
-    trusted; `diffusion.lean_on` turns that into the answer, and the network only has to learn what is left."""
+    On top of the temporal layers come two zero-initialised paths for the given frames. `temporal_hint`, at
+    the entrance, shows every frame the latents of the nearest given frames before and after it.
+    `temporal_guess`, at the exit, says per frame and channel how far the blend of these two (or the copy of
+    the only one) is to be trusted; `diffusion.lean_on` turns that into the answer, and the network only has
+    to learn what is left."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim

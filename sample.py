@@ -65,8 +65,9 @@ def parse(argv):
     # with what
     p.add_argument("--preset", default="tiny", choices=list(PRESETS))
     p.add_argument("--weights", default=None, help="default for the tiny preset: assets/tiny.safetensors")
-    p.add_argument("--temporal", nargs="+", default=[], metavar="FILE", help="temporal layers of training runs: "
-                   "each file makes the windows of its stage (video: all), --weights the others")
+    p.add_argument("--temporal", nargs="+", default=[], metavar="FILE",
+                   help="temporal layers of training runs: each file makes the windows of its stage (video: "
+                   "all), --weights the others")
     p.add_argument("--batch_size", type=int, default=8,
                    help="windows that go through the UNet together; less needs less memory")
     p.add_argument("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together")
@@ -99,8 +100,8 @@ def parse(argv):
 class Sampler:
     """A model with the choices of one run: how its UNet is asked, and at which noise levels.
 
-    Contexts are (b, 77, d), one for the prompt and one for the negative prompt. `layers` holds temporal layers
-    {name: tensor} for each stage that has a file of its own."""
+    Contexts are (b, 77, d), one for the prompt and one for the negative prompt. `layers` holds temporal
+    layers {name: tensor} by stage, if stages have files of their own, and is else empty."""
 
     def __init__(self, model, args, device, layers):
         self.model, self.device, self.args, self.layers = model.to(device), device, args, layers

@@ -162,11 +162,12 @@ PLANNERS = {"ladder": ladder, "seed": seed}
 def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Window]:
     """The distinct windows that sampling a video of n_frames asks for: what a model is to be trained on.
 
-    n_frames may be several lengths; clips must be as long as the longest. stage is starter, extrap, interp, or video for all three. The ladder is asked twice, for the first frame
-    and for first and last. Windows that differ only by a shift of all their frames count once: inner fills
-    are few, but each distance to a far anchor is there. Windows beyond range(n_frames) are left out, for a
-    clip of n_frames cannot show the seed's padding; and deps are emptied, for the list is not a plan.
-    ValueError for an unknown stage, and when no window of the stage fits."""
+    n_frames may be several lengths; clips must be as long as the longest. stage is starter, extrap,
+    interp, or video for all three. The ladder is asked twice, for the first frame and for first and last.
+    Windows that differ only by a shift of all their frames count once: inner fills are few, but each
+    distance to a far anchor is there. Windows beyond range(n_frames) are left out, for a clip of n_frames
+    cannot show the seed's padding; and deps are emptied, for the list is not a plan. ValueError for an
+    unknown stage, and when no window of the stage fits."""
     if stage not in (*STAGES, "video"):
         raise ValueError(f"unknown stage {stage!r}: choose starter, extrap, interp or video")
     lengths = (n_frames,) if isinstance(n_frames, int) else tuple(n_frames)
@@ -180,8 +181,8 @@ def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Windo
             shape = tuple(tuple(frame - start for frame in part) for part in (window.frames, window.new))
             distinct.setdefault(shape, replace(window, deps=()))
     if not distinct:
-        raise ValueError(f"no {stage} window of {' or '.join(planners)} fits in {max(lengths)} frames: train on "
-                         "longer clips (every stage occurs from 19 frames on in the seed, 98 in the ladder)")
+        raise ValueError(f"no {stage} window of {' or '.join(planners)} fits in {max(lengths)} frames: train "
+                         "on longer clips (every stage occurs from 19 frames on in the seed, 98 in the ladder)")
     return list(distinct.values())
 
 

@@ -33,7 +33,7 @@ from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_tempora
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (5000, 6, 2e-3, 512),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (3800, 6, 2e-3, 512),
             "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
@@ -54,8 +54,8 @@ def parse(argv):
     p.add_argument("--resume", metavar="auto|FILE",
                    help="go on from the checkpoint in --out (auto) or from a file")
     # data
-    p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is better "
-                   "and slower to prepare; default 4096 for image, 512 for video, about 100 for the others")
+    p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "
+                   "better and slower to prepare; default 4096 for image, 512 for video, about 100 for the others")
     p.add_argument("--frames", type=int, default=121,
                    help="length of the training clips: windows of plans for so many frames")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
@@ -169,10 +169,10 @@ def random_levels(batch, generator, args):
     """Noise levels t (b,) for a training batch: one per example for what is made, one for what is given."""
     b = len(batch["latents"])
     t_new = torch.randint(0, T, (b,), generator=generator)
-    t_aug = torch.randint(0, args.aug_max + 1, (b,), generator=generator)
-    # level 0 itself must be well trained: it is a choice at sampling
-    clean = torch.rand(b, generator=generator) < 0.2
-    return t_new, torch.where(clean, 0, t_aug)
+    # mostly little noise, which fills between close frames need, and seldom much; level 0 itself often
+    # enough, because it is a choice at sampling
+    t_aug = (args.aug_max * torch.rand(b, generator=generator) ** 3).round().long()
+    return t_new, torch.where(torch.rand(b, generator=generator) < 0.2, 0, t_aug)
 
 
 def diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions):
@@ -218,16 +218,22 @@ def to_device(batch, device):
 
 
 def training_loss(model, schedule, batch, seed, args, device):
-    """The loss of one batch, a scalar. Its noise is a pure function of `seed` and drawn on the CPU."""
+    """What to descend on for one batch, and its loss, two scalars. Its noise is a function of `seed` alone.
+
+    Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
+    its error, a hundred times smaller, is what flickers. So in the video stages every example counts relative
+    to its own loss: the gradient is that of log(loss + 0.05), as if one measured in decibels."""
     generator = torch.Generator().manual_seed(seed)
     batch = to_device(batch, device)
     if args.stage == "vae":
-        return vae_loss(model, batch["images"], generator).mean()
-    t_new, t_aug = random_levels(batch, generator, args)
-    dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
-    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
-    t_new, t_aug = t_new.to(device), t_aug.to(device)
-    return diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions).mean()
+        loss = vae_loss(model, batch["images"], generator)
+    else:
+        t_new, t_aug = (t.to(device) for t in random_levels(batch, generator, args))
+        dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
+        loss = diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions)
+    relative = loss / (loss.detach() + 0.05) if args.stage in VIDEO_STAGES else loss
+    return relative.mean(), loss.mean()
 
 
 @torch.no_grad()
@@ -235,7 +241,7 @@ def validation_loss(model, schedule, batches, args, device):
     """(loss, [loss per quarter of the noise range]) on fixed batches, with fixed noise, at fixed levels.
 
     A training loss jumps with the levels it happens to draw; this one is comparable from step to step and
-    run to run. Given frames stand at the level t = 50. For the VAE there are no levels: the quarters are
+    run to run. Given frames stand at the level t = 20. For the VAE there are no levels: the quarters are
     empty."""
     if args.stage == "vae":
         losses = [vae_loss(model, to_device(batch, device)["images"], torch.Generator().manual_seed(i)).mean()
@@ -247,7 +253,7 @@ def validation_loss(model, schedule, batches, args, device):
         for i, batch in enumerate(batches):
             batch = to_device(batch, device)
             t_new = torch.full((len(batch["latents"]),), level, device=device)
-            t_aug = torch.full_like(t_new, min(50, args.aug_max))
+            t_aug = torch.full_like(t_new, min(20, args.aug_max))
             noise, captions = torch.Generator().manual_seed(i), batch["captions"]
             losses.append(diffusion_loss(model, schedule, batch, t_new, t_aug, noise, args, captions))
         by_level.append(torch.cat(losses).mean())
@@ -524,10 +530,9 @@ def main(argv=None):
             number = step * args.gradient_accumulation_steps + micro
             with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
                 seed = args.seed * 1_000_003 + number
-                part = training_loss(model, schedule, next_batch(number), seed, args, device)
-            part = part / args.gradient_accumulation_steps
-            scaler.scale(part).backward()
-            loss += part.item()
+                descend, part = training_loss(model, schedule, next_batch(number), seed, args, device)
+            scaler.scale(descend / args.gradient_accumulation_steps).backward()
+            loss += part.item() / args.gradient_accumulation_steps
         if loss != loss:
             raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
                              f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")

@@ -169,7 +169,8 @@ def test_every_frame_is_shown_its_nearest_given_frames():
     unet.temporal_guess.bias[:8] = 1      # trust the whole blend,
     unet.temporal_guess.bias[8:] = -9     # with hardly a doubt
     answer = unet(x, torch.full((1, F), 999), context, given=given)       # v at pure noise is -x0
-    blend = torch.stack([x[0, :, 1], x[0, :, 1], (x[0, :, 1] + x[0, :, 3]) / 2, x[0, :, 3], x[0, :, 3]], dim=1)
+    one, three = x[0, :, 1], x[0, :, 3]
+    blend = torch.stack([one, one, (one + three) / 2, three, three], dim=1)
     assert largest(-answer[0], blend) <= 0.05
 
 

@@ -142,7 +142,7 @@ def test_context_noise_modes(restless_weights, tmp_path, mode, noised, labelled)
 
 
 def test_each_stage_file_makes_the_windows_of_its_stage(tmp_path, small_weights, restless_weights):
-    """--temporal with a file of stage interp: starter windows come from --weights, interp windows from the file."""
+    """--temporal with a file of stage interp: starter windows from --weights, interp from the file."""
     model = load_weights(restless_weights)
     stage_file = str(tmp_path / "interp.safetensors")
     save_weights(stage_file, model, torch.float32, parts=("unet",), only=is_temporal, stage="interp")
