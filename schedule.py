@@ -181,8 +181,8 @@ def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Windo
             shape = tuple(tuple(frame - start for frame in part) for part in (window.frames, window.new))
             distinct.setdefault(shape, replace(window, deps=()))
     if not distinct:
-        raise ValueError(f"no {stage} window of {' or '.join(planners)} fits in {max(lengths)} frames: train "
-                         "on longer clips (every stage occurs from 19 frames on in the seed, 98 in the ladder)")
+        raise ValueError(f"no {stage} window of {' or '.join(planners)} fits in {max(lengths)} frames: "
+                         "train on longer clips (every stage occurs from 19 frames on in the seed, 98 in the ladder)")
     return list(distinct.values())
 
 

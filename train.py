@@ -55,7 +55,7 @@ def parse(argv):
                    help="go on from the checkpoint in --out (auto) or from a file")
     # data
     p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "
-                   "better and slower to prepare; default 4096 for image, 512 for video, about 100 for the others")
+                   "better and slower to prepare; default 4096 for image, 512 for video, else about 100")
     p.add_argument("--frames", type=int, default=121,
                    help="length of the training clips: windows of plans for so many frames")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "

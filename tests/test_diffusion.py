@@ -283,7 +283,7 @@ def test_leaning_all_the_way_answers_with_the_guess(prediction):
 
 
 def test_leaning_without_a_network_is_the_best_guess_of_a_gaussian():
-    """If x0 ~ N(guess, e^2), output 0 has the error of the posterior mean, e^2 sigma^2 / D: none is smaller."""
+    """If x0 ~ N(guess, e^2), output 0 has the error of the posterior mean, e^2 sigma^2 / D."""
     schedule, e = NoiseSchedule("v"), torch.tensor(0.4)
     guess, away, eps = torch.randn(3, 1, 4, 3, 60, 60).unbind(0)
     t = torch.tensor([[150, 450, 750]])
