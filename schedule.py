@@ -182,7 +182,7 @@ def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Windo
             distinct.setdefault(shape, replace(window, deps=()))
     if not distinct:
         raise ValueError(f"no {stage} window of {' or '.join(planners)} fits in {max(lengths)} frames: "
-                         "train on longer clips (every stage occurs from 19 frames on in the seed, 98 in the ladder)")
+                         "train on longer clips (the seed has every stage from 19 frames on, the ladder from 98)")
     return list(distinct.values())
 
 
