@@ -182,7 +182,7 @@ def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Windo
             distinct.setdefault(shape, replace(window, deps=()))
     if not distinct:
         raise ValueError(f"no {stage} window of {' or '.join(planners)} fits in {max(lengths)} frames: "
-                         "train on longer clips (the seed has every stage from 19 frames on, the ladder from 98)")
+                         "train on longer clips (for every stage the seed needs 19 frames, the ladder 98)")
     return list(distinct.values())
 
 
