@@ -365,14 +365,49 @@ def nearest_given(given):
     return before, torch.where(after == f, -1, after)
 
 
+class MotionGuess(nn.Module):
+    """A guess at each frame from the nearest given frames before and after it, and how sure it is.
+
+    Every latent is a weighted mean of the places around it, `radius` to each side, in both given frames: a copy
+    where nothing moves, a shifted copy where clouds drift, a blend where light fades (adaptive convolution,
+    Niklaus et al. 1703.07514). Temporal layers see one pixel at a time and the image model's convolutions are
+    frozen: without this nothing that is trained could move a thing."""
+    def __init__(self, emb_dim, width=48, radius=2):
+        super().__init__()
+        self.radius, taps = radius, (2 * radius + 1) ** 2
+        self.conv_in = nn.Conv2d(2 * 4 + 1, width, 3, padding=1)
+        self.conv_mid = nn.Conv2d(width, width, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 4 * width)
+        self.to_taps = nn.Conv2d(width, 2 * taps, 3, padding=1)
+        self.to_doubt = zero(nn.Conv2d(width, 4, 3, padding=1))
+        centre = torch.zeros(2, taps)
+        centre[:, taps // 2] = 4                          # to begin with, nearly the plain blend
+        self.register_buffer("centre", centre, persistent=False)
+
+    def forward(self, hint, emb, share):
+        """hint (n, 9, h, w), emb (n, e), share (n, 2) in a plain blend -> guess, doubt: (n, 4, h, w) each."""
+        n, _, h, w = hint.shape
+        gain, shift, gain_mid, shift_mid = self.emb(emb)[..., None, None].chunk(4, dim=1)
+        x = F.silu(self.conv_in(hint) * (1 + gain) + shift)
+        x = x + F.silu(self.conv_mid(x) * (1 + gain_mid) + shift_mid)
+        logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2)
+        start = self.centre + share.clamp(min=1e-6).log()[..., None]                      # (n, 2, taps)
+        logits = logits + start[..., None, None]
+        weights = logits.flatten(1, 2).softmax(dim=1)                                     # (n, 2 taps, h, w)
+        sides = rearrange(hint[:, :8], "n (side c) h w -> (n side) c h w", c=4)
+        places = F.unfold(F.pad(sides, [self.radius] * 4, "replicate"), 2 * self.radius + 1)
+        places = rearrange(places, "(n side) (c k) (h w) -> n c (side k) h w", n=n, c=4, h=h)
+        return (places * weights[:, None]).sum(2), self.to_doubt(x)
+
+
 class UNet(nn.Module):
     """SD1.5's UNet (Rombach et al.) with temporal layers: says the noise in the latents, or v, per frame.
 
     On top of the temporal layers come two zero-initialised paths for the given frames. `temporal_hint`, at
     the entrance, shows every frame the latents of the nearest given frames before and after it.
-    `temporal_guess`, at the exit, says per frame and channel how far the blend of these two (or the copy of
-    the only one) is to be trusted; `diffusion.lean_on` turns that into the answer, and the network only has
-    to learn what is left."""
+    `temporal_guess`, at the exit, makes a guess at each frame by moving and blending these two, and
+    `temporal_trust` says how far to go by it; `diffusion.lean_on` turns that into the answer, and the network
+    only has to learn what is left."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
@@ -411,7 +446,8 @@ class UNet(nn.Module):
 
         self.temporal_embed = FrameEmbedding(c.temporal_emb_dim, c.text_width)
         self.temporal_hint = zero(nn.Conv2d(2 * 4 + 1, widths[0], 3, padding=1))
-        self.temporal_guess = zero(nn.Linear(c.temporal_emb_dim, 3 * 4))
+        self.temporal_guess = MotionGuess(c.temporal_emb_dim)
+        self.temporal_trust = zero(nn.Linear(c.temporal_emb_dim, 2 * 4))
         self.schedule = NoiseSchedule(c.prediction, c.zero_terminal_snr)
 
     def forward(self, x, t, context, frames=None, given=None, temporal=True):
@@ -431,7 +467,7 @@ class UNet(nn.Module):
                              f"{self.factor}: resize the pictures")
         window = hint = None
         if temporal and f > 1:
-            window, hint, blend = self.look_around(x, t, context, frames, given)
+            window, hint, share = self.look_around(x, t, context, frames, given)
         emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
         emb = self.time_embed(emb)                                                        # (b f, emb)
 
@@ -446,17 +482,20 @@ class UNet(nn.Module):
             hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
         out = rearrange(self.out(hidden), "(b f) c h w -> b c f h w", b=b)
         if window is not None:
-            trust = rearrange(self.temporal_guess(window.emb), "b f (k c) -> k b c f 1 1", k=3)
-            guess = trust[0] * blend[0] + trust[1] * blend[1]
-            out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, guess, trust[2].clamp(-5, 1).exp())
+            emb = window.emb.flatten(0, 1)
+            guess, doubt = self.temporal_guess(hint, emb, share)
+            trust, certain = self.temporal_trust(emb)[..., None, None].chunk(2, dim=1)    # (b f, 4, 1, 1) each
+            video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
+            e = (doubt + certain).clamp(-5, 1).exp()
+            out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
         return out
 
     def look_around(self, x, t, context, frames, given):
         """What the temporal layers and the two paths for the given frames work with.
 
-        Returns the window, the hint at the entrance (b f, 9, h, w), and the two halves of the blend, each
-        (b, 4, f, h, w): latents of the nearest given frame on one side times its weight, which falls linearly
-        with the distance to it. Zeros where there is no given frame on that side."""
+        Returns the window, the hint (b f, 9, h, w): latents of the nearest given frames before and after, zeros
+        where there is none, and whether the frame is itself given; and the share (b f, 2) that these two would
+        have in a linear blend."""
         b, c, f, h, w = x.shape
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
@@ -472,9 +511,9 @@ class UNet(nn.Module):
         ahead = frames.gather(1, after.clamp(min=0)) - frames
         behind = frames - frames.gather(1, before.clamp(min=0))
         share = behind / (behind + ahead).clamp(min=1)                                    # of the later frame
-        weights = torch.where(after < 0, 1, 1 - share), torch.where(before < 0, 1, share)
-        blend = [spread(weight) * latent for weight, latent in zip(weights, latents)]
-        return window, rearrange(hint, "b c f h w -> (b f) c h w"), blend
+        share = torch.where(after < 0, 0, torch.where(before < 0, 1, share))
+        share = torch.stack([(1 - share) * (before >= 0), share], dim=-1)
+        return window, rearrange(hint, "b c f h w -> (b f) c h w"), share.flatten(0, 1)
 
     def run(self, i, stage, x, emb, context, window):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.

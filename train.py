@@ -33,7 +33,7 @@ from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_tempora
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (3800, 6, 2e-3, 512),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (2800, 6, 2e-3, 512),
             "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
@@ -128,7 +128,7 @@ def prepare_data(args, model, split, device):
     if args.stage == "vae":
         size = model.config.size
         return lambda step: {"images": data.picture_batch(split, args.seed, step, args.batch_size, size)}
-    few = args.worlds if split == "train" else min(32, args.worlds)
+    few = args.worlds if split == "train" else min(16, args.worlds)
     worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
     frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
     name = f"{'image' if args.stage == 'image' else 'video'}_{split}_{few}.safetensors"

@@ -166,8 +166,11 @@ def test_every_frame_is_shown_its_nearest_given_frames():
     for i, (before, after) in enumerate(((None, 1), (1, 1), (1, 3), (3, 3), (3, None))):
         shown = [torch.zeros(4, 8, 8) if j is None else x[0, :, j] for j in (before, after)]
         assert torch.equal(hint[i], torch.cat([*shown, given[0, i].expand(1, 8, 8).float()]))
-    unet.temporal_guess.bias[:8] = 1      # trust the whole blend,
-    unet.temporal_guess.bias[8:] = -9     # with hardly a doubt
+    unet.temporal_trust.bias[:4] = 1      # go by the guess,
+    unet.temporal_trust.bias[4:] = -9     # with hardly a doubt
+    unet.temporal_guess.centre[:, 12] = 99                                # and let it be the plain blend
+    for layer in (unet.temporal_guess.to_taps.weight, unet.temporal_guess.to_taps.bias):
+        layer.zero_()
     answer = unet(x, torch.full((1, F), 999), context, given=given)       # v at pure noise is -x0
     one, three = x[0, :, 1], x[0, :, 3]
     blend = torch.stack([one, one, (one + three) / 2, three, three], dim=1)
@@ -398,7 +401,7 @@ def change(path, changes):
     (lambda path: path.write_bytes(b""), "not a complete safetensors file"),
     (lambda path: save_file({"betas": torch.zeros(3)}, path), "not one of ours: run convert_sd_weights.py"),
     (lambda path: change(path, {"out.2.bias": None}), r"lacks 1 .*model\.diffusion_model\.out\.2\.bias;"),
-    (lambda path: change(path, {"temporal_guess.bias": None}), r"lacks 1 tensors .*temporal_guess\.bias;"),
+    (lambda path: change(path, {"temporal_trust.bias": None}), r"lacks 1 tensors .*temporal_trust\.bias;"),
     (lambda path: change(path, {"typo": torch.zeros(1)}), r"unknown 1 .*model\.diffusion_model\.typo;"),
     (lambda path: change(path, {"out.2.bias": torch.zeros(5)}), r"wrong shape for 1 tensors .*out\.2\.bias;"),
 ), ids=("missing", "cut by a byte", "cut", "empty", "foreign", "lacks", "lacks temporal", "unknown", "shape"))

@@ -142,8 +142,8 @@ def test_training_windows_are_the_ones_sampling_asks_for(n):
     (lambda: ladder(9, (-1,)), "count them from 0"), (lambda: ladder(9, width=6), "try 4, 7 and 16"),
     (lambda: ladder(9, ratio=1), "ratio >= 2"), (lambda: ladder(9, max_stride=0), "max_stride >= 1"),
     (lambda: training_windows("extra", 121), "'extra': choose starter, extrap, interp or video"),
-    (lambda: training_windows("extrap", 97, ("ladder",)), "no extrap .* 98 in the ladder"),
-    (lambda: training_windows("extrap", 18, ("seed",)), "no extrap .* from 19 frames on"),
+    (lambda: training_windows("extrap", 97, ("ladder",)), "no extrap .* the ladder 98"),
+    (lambda: training_windows("extrap", 18, ("seed",)), "no extrap .* the seed needs 19 frames"),
     (lambda: makespan(seed(9), 0), "at least 1 device, found 0"), (lambda: verify([], 0), "frame, found 0")])
 def test_impossible_requests_say_what_to_do(call, sentence):
     """What was found, what was expected, what to do."""
