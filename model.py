@@ -368,10 +368,11 @@ def nearest_given(given):
 class MotionGuess(nn.Module):
     """A guess at each frame from the nearest given frames before and after it, and how sure it is.
 
-    Every latent is a weighted mean of the places around it, `radius` to each side, in both given frames: a copy
-    where nothing moves, a shifted copy where clouds drift, a blend where light fades (adaptive convolution,
-    Niklaus et al. 1703.07514). Temporal layers see one pixel at a time and the image model's convolutions are
-    frozen: without this nothing that is trained could move a thing."""
+    Every latent is a weighted mean of the places around it, `radius` to each side, in both given frames: a
+    copy where nothing moves, a shifted copy where clouds drift, a blend where light fades (adaptive
+    convolution, Niklaus et al. 1703.07514). Temporal layers see one pixel at a time and the image model's
+    convolutions are frozen: without this nothing that is trained could move a thing farther than one 3x3 conv
+    reaches."""
     def __init__(self, emb_dim, width=48, radius=2):
         super().__init__()
         self.radius, taps = radius, (2 * radius + 1) ** 2
@@ -381,7 +382,7 @@ class MotionGuess(nn.Module):
         self.to_taps = nn.Conv2d(width, 2 * taps, 3, padding=1)
         self.to_doubt = zero(nn.Conv2d(width, 4, 3, padding=1))
         centre = torch.zeros(2, taps)
-        centre[:, taps // 2] = 4                          # to begin with, nearly the plain blend
+        centre[:, taps // 2] = 4                          # to begin with, mostly the plain blend
         self.register_buffer("centre", centre, persistent=False)
 
     def forward(self, hint, emb, share):
@@ -484,7 +485,7 @@ class UNet(nn.Module):
         if window is not None:
             emb = window.emb.flatten(0, 1)
             guess, doubt = self.temporal_guess(hint, emb, share)
-            trust, certain = self.temporal_trust(emb)[..., None, None].chunk(2, dim=1)    # (b f, 4, 1, 1) each
+            trust, certain = self.temporal_trust(emb)[..., None, None].chunk(2, dim=1)    # (b f, 4, 1, 1)
             video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
             e = (doubt + certain).clamp(-5, 1).exp()
             out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
@@ -493,9 +494,9 @@ class UNet(nn.Module):
     def look_around(self, x, t, context, frames, given):
         """What the temporal layers and the two paths for the given frames work with.
 
-        Returns the window, the hint (b f, 9, h, w): latents of the nearest given frames before and after, zeros
-        where there is none, and whether the frame is itself given; and the share (b f, 2) that these two would
-        have in a linear blend."""
+        Returns the window, the hint (b f, 9, h, w): latents of the nearest given frames before and after,
+        zeros where there is none, and whether the frame is itself given; and the share (b f, 2) that these
+        two would have in a linear blend."""
         b, c, f, h, w = x.shape
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
