@@ -32,8 +32,9 @@ from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, 
 from model import PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, read_weights
 from schedule import PLANNERS, STAGES, show, stats, verify
 
+FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps, guidance, noise of frames the model made
-DEFAULTS = {"tiny": (8, 1.0, "t=50"), "sd15": (30, 7.5, "nsr=0.33")}
+DEFAULTS = {"tiny": (3, 1.0, "none"), "sd15": (30, 7.5, "nsr=0.33")}
 
 
 def parse(argv):
@@ -53,13 +54,13 @@ def parse(argv):
     # how
     p.add_argument("--schedule", default="ladder", choices=list(PLANNERS),
                    help="which frames are made from which")
-    p.add_argument("--steps", type=int, help="DDIM steps per window; default 8 for tiny, 30 for sd15")
+    p.add_argument("--steps", type=int, help="DDIM steps per window; default 3 for tiny, 30 for sd15")
     p.add_argument("--guidance_scale", type=float,
                    help="1 is off and twice as fast; default 1 for tiny, 7.5 for sd15")
     p.add_argument("--guidance_rescale", type=float, default=0.0,
                    help="0 to 1; 0.7 tames the burnt colours of strong guidance")
     p.add_argument("--aug", help="noise level of given frames that the model made itself: nsr=0.33, snr=..., "
-                   "abar=..., t=94 or none; default t=50 for tiny, nsr=0.33 for sd15")
+                   "abar=..., t=94 or none; default none for tiny, nsr=0.33 for sd15")
     p.add_argument("--context_noise", default="add", choices=("add", "label", "none"), help="add: noise is "
                    "put on these frames; label: the network is only told so; none: neither")
     # with what
@@ -88,6 +89,7 @@ def parse(argv):
             raise ValueError(f"preset {args.preset} needs --weights FILE, written by convert_sd_weights.py "
                              "from a Stable Diffusion 1.x checkpoint; without weights use --preset tiny")
         args.weights = TINY_WEIGHTS
+    ddim_timesteps(args.steps)  # says so if there cannot be so many
     if args.frames < 1:
         raise ValueError(f"--frames is {args.frames}: a video has at least 1 frame, try --frames 121")
     return args
@@ -109,34 +111,35 @@ class Sampler:
         self.aug = parse_noise_level("none" if args.context_noise == "none" else args.aug, self.schedule)
         # with zero terminal SNR sampling has to start at the last level; SD1.x was made with "leading" and
         # stops at level 0
-        spacing, last = ("trailing", -1) if model.config.zero_terminal_snr else ("leading", 0)
-        self.levels = ddim_timesteps(args.steps, spacing) + [last]
+        self.spacing, self.last = ("trailing", -1) if model.config.zero_terminal_snr else ("leading", 0)
 
     def contexts(self, prompts):
         """Text embeddings of the prompts, and of the negative prompt as often."""
         return self.model.context(prompts), self.model.context([self.args.negative_prompt] * len(prompts))
 
-    def denoise(self, x, t_given, new, contexts, frames=None, temporal=True):
+    def denoise(self, x, t_given, new, contexts, frames=None):
         """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, finished."""
         positive, negative = contexts
         scale = self.args.guidance_scale
 
         def say(x_t, t):
             if scale == 1:
-                return self.model.unet(x_t, t, positive, frames, ~new, temporal)
+                return self.model.unet(x_t, t, positive, frames, ~new)
             twice = [torch.cat([v, v]) if v is not None else None for v in (x_t, t, frames, ~new)]
             both = torch.cat([positive, negative])
-            cond, uncond = self.model.unet(*twice[:2], both, *twice[2:], temporal).chunk(2)
+            cond, uncond = self.model.unet(*twice[:2], both, *twice[2:]).chunk(2)
             return rescale_guidance(guide(cond, uncond, scale), cond, self.args.guidance_rescale)
 
-        return ddim_sample(self.schedule, say, x, t_given, new, self.levels)
+        steps = self.args.steps if x.shape[2] > 1 else max(self.args.steps, FIRST_FRAME_STEPS)
+        levels = ddim_timesteps(steps, self.spacing) + [self.last]
+        return ddim_sample(self.schedule, say, x, t_given, new, levels)
 
     def first_frames(self, seeds, prompts):
         """Pictures from the image model alone: latents (n, 4, 1, h, w)."""
         size = self.model.config.size // self.model.config.vae_factor
         noise = torch.stack([frame_noise(seed, 0, (4, 1, size, size)) for seed in seeds]).to(self.device)
         new = torch.ones(len(seeds), 1, dtype=torch.bool, device=self.device)
-        return self.denoise(noise, torch.zeros_like(new).long(), new, self.contexts(prompts), temporal=False)
+        return self.denoise(noise, torch.zeros_like(new).long(), new, self.contexts(prompts))
 
     def windows(self, jobs, latents, contexts, seeds, user):
         """Make the new frames of jobs (video index, window) of equal length; puts them into `latents`."""
