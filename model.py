@@ -417,6 +417,7 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
 
         def stage(c_in, c_out, attend, *more):
+            """ResBlock, spatial attention if this level has it, what else is given, temporal attention."""
             layers = [ResBlock(c_in, c_out, emb)]
             if attend:
                 layers.append(SpatialTransformer(c_out, c.heads, c.text_width))

@@ -123,6 +123,7 @@ class Sampler:
         scale = self.args.guidance_scale
 
         def say(x_t, t):
+            """What the network says about x_t: eps or v, guided unless the scale is 1."""
             if scale == 1:
                 return self.model.unet(x_t, t, positive, frames, ~new)
             twice = [torch.cat([v, v]) if v is not None else None for v in (x_t, t, frames, ~new)]

@@ -123,6 +123,16 @@ def trainable_parameters(model, stage):
     return unet | text
 
 
+def freeze_the_rest(model, stage):
+    """Let a stage train its own parameters and no others; returns them as {name: parameter}."""
+    trainable = trainable_parameters(model, stage)
+    for network in model.networks().values():
+        network.requires_grad_(False)
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+    return trainable
+
+
 def prepare_data(args, model, split, device):
     """A function (step) -> batch on the CPU for the training or validation worlds of a stage."""
     if args.stage == "vae":
@@ -463,11 +473,7 @@ def main(argv=None):
     args = parse(argv)
     device, why = choose_device(args.device)
     model = prepare_model(args).to(device)
-    trainable = trainable_parameters(model, args.stage)
-    for network in model.networks().values():
-        network.requires_grad_(False)
-    for parameter in trainable.values():
-        parameter.requires_grad_(True)
+    trainable = freeze_the_rest(model, args.stage)
     report(model, trainable, args, device, why)
     if args.dry_run:
         return
