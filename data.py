@@ -8,7 +8,8 @@ length, any stride and any size can be asked for, and the truth (wind, time of d
 exactly. That makes drift something one can measure instead of something one has to judge.
 
 Everything about a world can be read off its first frame and its caption: the sun or the moon shows the hour,
-the caption names the wind, and the trail of each balloon shows where it comes from and how fast.
+the caption names the wind, which clouds and balloons follow, and their trails show it too.
+The world is a cylinder: what leaves on the right comes back on the left, and nothing unforeseen ever enters.
 Length is measured in picture widths and speed in widths per frame, so a world looks the same at every size.
 """
 
@@ -23,11 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-DAY = 360                                      # frames from one midnight to the next, in every world
-WIND = {"slow": 0.2 / 64, "fast": 0.45 / 64}   # cloud speed, widths per frame
+DAY = 480                                      # frames from one midnight to the next, in every world
+WIND = {"slow": 0.12 / 64, "fast": 0.24 / 64}  # cloud speed, widths per frame
 SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # first seed of each split: the ranges never meet
-BALLOON_RADIUS = 0.085
-TRAIL = (5, 10, 15, 20, 25)                    # the trail shows where the balloon was so many frames ago
+BALLOON_RADIUS = 0.095
+TRAIL = (10, 20, 30, 40, 50)                   # the trail shows where the balloon was so many frames ago
 BALLOONS = {"red": (226, 38, 44), "green": (38, 170, 70), "violet": (166, 52, 200), "yellow": (252, 206, 32)}
 CLOUDS = {"few": 76, "some": 60, "many": 42}   # percentile of the cloud texture that stays clear sky
 
@@ -87,9 +88,14 @@ def over(image, colour, alpha):
     image += alpha * (colour - image)
 
 
+def sideways(x, centre):
+    """How far x lies to the right of `centre`, in widths, the shorter way around the cylinder."""
+    return (x - centre + 0.5) % 1 - 0.5
+
+
 def distance_to(centre, x, y):
     """Distance of every pixel (x (W,), y (H, 1)) from a moving centre (f, 2, 1, 1): (f, H, W), in widths."""
-    return np.sqrt((x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2)
+    return np.sqrt(sideways(x, centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2)
 
 
 def rgb(*colour):
@@ -98,7 +104,7 @@ def rgb(*colour):
 
 
 class SkyWorld:
-    """One procedural timelapse: sky, sun and moon, drifting clouds, two ridges and one to three balloons.
+    """One procedural timelapse: sky, sun and moon, two ridges, clouds and one to three balloons on the wind.
 
     seed: any int >= 0. size: height and width of a frame in pixels, a multiple of 8.
     `wind` is the signed cloud speed in widths per frame, `colours` names the balloons.
@@ -116,8 +122,9 @@ class SkyWorld:
         self.cover = list(CLOUDS)[rng.integers(3)]
         self.colours = list(rng.permutation(list(BALLOONS))[:rng.integers(1, 4)])
         n = len(self.colours)
-        self.position = rng.uniform((0.1, 0.14), (0.9, 0.52), (n, 2))  # (x, y) at frame 0
-        self.velocity = rng.uniform((0.1, 0.0), (0.35, 0.12), (n, 2)) / 64 * rng.choice([-1, 1], (n, 2))
+        self.columns = rng.random() + (np.arange(n) + rng.uniform(-0.15, 0.15, n)) / 3  # x, never too close
+        self.heights = rng.uniform(0.14, 0.52, n)                                       # y at frame 0 and
+        self.sinking = rng.uniform(-0.06, 0.06, n) / 64                                 # its speed
 
     @cached_property
     def clouds(self):
@@ -149,11 +156,10 @@ class SkyWorld:
         return f"wind {self.heading} {self.pace}, {self.cover} clouds, {time}, {balloons}"
 
     def balloons(self, frames):
-        """Centres of the balloons at frames (f,): (n, f, 2) as (x, y) in widths."""
-        frames = np.asarray(frames, dtype=np.float64)[None, :, None]
-        free = self.position[:, None] + self.velocity[:, None] * frames
-        r = BALLOON_RADIUS
-        return np.stack([bounce(free[..., 0], r, 1 - r), bounce(free[..., 1], 0.12, 0.55)], axis=-1)
+        """Centres of the balloons at frames (f,): (n, f, 2) as (x, y) in widths. They follow the wind."""
+        frames = np.asarray(frames, dtype=np.float64)[None]
+        x, y, speed = (values[:, None] for values in (self.columns, self.heights, self.sinking))
+        return np.stack([(x + self.wind * frames) % 1, bounce(y + speed * frames, 0.12, 0.55)], axis=-1)
 
     def lamps(self, frames):
         """Centres of the sun and the moon at frames (f,): (2, f, 2) as (x, y).
@@ -212,7 +218,7 @@ class SkyWorld:
                      self._inside((0.24 - 0.02 * age) * r - distance_to(centre[i] + below, x, y))
                      for age, centre in enumerate(past)]
             over(image, 0.5 + 0.5 * colour, np.maximum.reduce(puffs))
-            dx, dy = abs(x - now[i, :, 0]), abs(y - now[i, :, 1] - 1.3 * r)
+            dx, dy = abs(sideways(x, now[i, :, 0])), abs(y - now[i, :, 1] - 1.3 * r)
             over(image, light * rgb(0.35, 0.24, 0.16), self._inside(np.minimum(0.24 * r - dx, 0.2 * r - dy)))
             shine = np.exp(-(distance_to(now[i] + up_left, x, y) / (0.5 * r)) ** 2)
             over(image, colour + 0.45 * shine * (1 - colour), self._inside(r - distance_to(now[i], x, y)))

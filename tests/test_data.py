@@ -47,21 +47,32 @@ def test_splits_never_share_a_world():
 def test_clouds_drift_as_the_caption_says():
     """The cloud layer at frame f is the one at frame 0, moved by wind x f, to the pixel."""
     world = next(w for w in map(SkyWorld, range(99)) if w.pace == "slow")
-    frames = np.array([0, 5])                                                # 5 frames x 0.2 pixels = 1 pixel
+    frames = np.array([0, 25])                                            # 25 frames x 0.12 pixels = 3 pixels
     light = np.ones((3, 2, 1, 1), np.float32)
     image = np.zeros((3, 2, 64, 64), np.float32)
     world._paint_clouds(image, frames, (np.float32(np.arange(64)) / 64)[:, None], light, light)
-    assert np.allclose(np.roll(image[:, 0], round(world.wind * 5 * 64), axis=2), image[:, 1], atol=1e-5)
+    assert np.allclose(np.roll(image[:, 0], round(world.wind * 25 * 64), axis=2), image[:, 1], atol=1e-5)
     assert (world.wind > 0) == ("wind right" in world.caption())
 
 
-def test_balloons_stay_in_the_sky_and_move_at_their_speed():
-    """Tracks keep a radius from the walls; between bounces a balloon moves by its velocity per frame."""
-    world, r = SkyWorld(4), data.BALLOON_RADIUS
+def test_balloons_follow_the_wind_and_keep_apart():
+    """Around the cylinder with the wind, up and down between bounds, and never one behind another."""
+    world = next(w for w in map(SkyWorld, range(99)) if len(w.colours) == 3)
     tracks = world.balloons(np.arange(2000))
-    assert tracks[..., 0].min() >= r - 1e-9 and tracks[..., 0].max() <= 1 - r + 1e-9
-    steps = np.abs(np.diff(tracks[..., 0], axis=1))
-    assert np.allclose(np.median(steps, axis=1), np.abs(world.velocity[:, 0]))
+    assert np.allclose(data.sideways(tracks[:, 1:, 0], tracks[:, :-1, 0]), world.wind)
+    assert tracks[..., 1].min() >= 0.12 and tracks[..., 1].max() <= 0.55
+    steps = np.abs(np.diff(tracks[..., 1], axis=1))
+    assert np.allclose(np.median(steps, axis=1), np.abs(world.sinking))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(data.sideways(tracks[i, :, 0], tracks[j, :, 0])).min() > 2 * data.BALLOON_RADIUS
+
+
+def test_the_world_is_a_cylinder():
+    """Frames are as smooth across the edge as anywhere: the step from the last column to the first is an ordinary step."""
+    video = SkyWorld(3).video(np.arange(0, 400, 10))
+    across = (video[..., 0] - video[..., -1]).abs().mean()
+    inside = video.diff(dim=3).abs().mean(dim=(0, 1, 2))
+    assert across < 2 * inside.max()
 
 
 def test_balloon_colours_are_where_the_tracks_say():
