@@ -117,13 +117,18 @@ def attention(q, k, v, mask=None):
 
 
 class Around(NamedTuple):
-    """What temporal layers know about their window. `gap` and `distance` are in frames of the video."""
+    """What temporal layers know about their window. Gaps and distances are in frames of the video.
+
+    The last three are about the nearest given frames of each frame, at or before it and at or after it."""
 
     b: int
     f: int
     gap: torch.Tensor        # (b, f-1) from each frame of the window to the next
     distance: torch.Tensor   # (b, f, f) signed distance of every two frames
     emb: torch.Tensor        # (b, f, e) what each frame is told about itself
+    hint: torch.Tensor       # (b f, 9, h, w) latents before, latents after, and whether the frame is given
+    since: torch.Tensor      # (b f, 2) frames since the one before (>= 0) and since the one after (<= 0)
+    share: torch.Tensor      # (b f, 2) what each would have in a linear blend; 0 where there is none
 
 
 def distance_embedding(distance):
@@ -331,12 +336,12 @@ class FrameEmbedding(nn.Module):
     """What the temporal layers are told about each frame: (b, f, e).
 
     Its own noise level, how far the nearest given frames before and after it are and how noisy they are, its
-    place after the first new frame, and the text, read by four learned queries: a wind blowing left cannot be
-    seen in a picture."""
+    place after the first new frame, and the text: a picture does not say where the wind blows. All tokens of
+    it, a few numbers each: a mean over 77 tokens would drown the one word that says "left"."""
     def __init__(self, dim, context_dim):
         super().__init__()
-        self.text_queries = nn.Linear(context_dim, 4, bias=False)
-        self.text = nn.Linear(4 * context_dim, dim)
+        self.token = nn.Linear(context_dim, 8)
+        self.text = nn.Linear(8 * TEXT_TOKENS, dim)
         # own level, three distances and two levels of given frames, three flags
         self.mlp = nn.Sequential(nn.Linear(64 + 5 * 32 + 3, dim), nn.SiLU(), nn.Linear(dim, dim))
 
@@ -347,8 +352,7 @@ class FrameEmbedding(nn.Module):
         places = [frames - at(frames, before), at(frames, after) - frames, frames - first_new]
         parts = [sinusoids(t, 64), *(distance_embedding(place) for place in places)]
         parts += [sinusoids(at(t, index), 32) for index in (before, after)]
-        weights = self.text_queries(context).softmax(dim=1)                               # (b, 77, 4)
-        text = self.text((weights.transpose(1, 2) @ context).flatten(1))                  # (b, e)
+        text = self.text(self.token(context).flatten(1))                                  # (b, e)
         features = torch.cat([*parts, known], dim=-1).to(text.dtype)
         return F.silu(self.mlp(features) + text[:, None])
 
@@ -366,39 +370,64 @@ def nearest_given(given):
 
 
 class MotionGuess(nn.Module):
-    """A guess at each frame from the nearest given frames before and after it, and how sure it is.
+    """A guess at each frame: what its nearest given frames show, each moved to where it would be by now.
 
-    Every latent is a weighted mean of the places around it, `radius` to each side, in both given frames: a
-    copy where nothing moves, a shifted copy where clouds drift, a blend where light fades (adaptive
-    convolution, Niklaus et al. 1703.07514). Temporal layers see one pixel at a time and the image model's
-    convolutions are frozen: without this nothing that is trained could move a thing farther than one 3x3 conv
-    reaches."""
-    def __init__(self, emb_dim, width=48, radius=2):
+    For every latent a small network says how fast what is there moves. Times the frames since a given frame,
+    that is how far away it was then: speed is learned from short gaps and holds for long ones. The guess is
+    a mean over the places around there in both given frames, weighted by how near they lie and as the
+    network sees fit (adaptive convolution, Niklaus et al. 1703.07514), in another light, which is one linear
+    map of the channels for the whole frame, plus a correction. It comes with a doubt, the logarithm of its
+    expected error.
+
+    Temporal layers see one pixel at a time and the image model's convolutions are frozen: without this
+    nothing that is trained could move a thing farther than one 3x3 conv reaches.
+
+    `reach`: rows and columns to each side that a latent may come from; on a landscape things move sideways.
+    Columns go around: what leaves on one side may come back on the other."""
+    def __init__(self, emb_dim, width=48, reach=(2, 6)):
         super().__init__()
-        self.radius, taps = radius, (2 * radius + 1) ** 2
-        self.conv_in = nn.Conv2d(2 * 4 + 1, width, 3, padding=1)
-        self.conv_mid = nn.Conv2d(width, width, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, 4 * width)
-        self.to_taps = nn.Conv2d(width, 2 * taps, 3, padding=1)
-        self.to_doubt = zero(nn.Conv2d(width, 4, 3, padding=1))
-        centre = torch.zeros(2, taps)
-        centre[:, taps // 2] = 4                          # to begin with, mostly the plain blend
-        self.register_buffer("centre", centre, persistent=False)
+        self.reach, self.size = reach, tuple(2 * r + 1 for r in reach)
+        self.conv_in = nn.Conv2d(2 * 4 + 1 + 2, width, 3, padding=1)     # the hint, and where in the frame
+        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (2, 4)])
+        self.emb = nn.Linear(emb_dim, 2 * 3 * width)      # a gain and a shift for each of the three convs
+        self.to_speed = zero(nn.Conv2d(width, 2, 3, padding=1))
+        self.to_taps = zero(nn.Conv2d(width, 2 * self.size[0] * self.size[1], 3, padding=1))
+        self.to_light = zero(nn.Linear(width + emb_dim, 4 * 4 + 4))
+        self.to_rest = zero(nn.Conv2d(width, 2 * 4, 3, padding=1))
+        self.sharpness = nn.Parameter(torch.tensor(5.0))
+        down, across = (torch.arange(-r, r + 1.0) for r in reach)
+        self.register_buffer("offsets", torch.cartesian_prod(down, across), persistent=False)   # (taps, 2)
 
-    def forward(self, hint, emb, share):
-        """hint (n, 9, h, w), emb (n, e), share (n, 2) in a plain blend -> guess, doubt: (n, 4, h, w) each."""
-        n, _, h, w = hint.shape
-        gain, shift, gain_mid, shift_mid = self.emb(emb)[..., None, None].chunk(4, dim=1)
-        x = F.silu(self.conv_in(hint) * (1 + gain) + shift)
-        x = x + F.silu(self.conv_mid(x) * (1 + gain_mid) + shift_mid)
-        logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2)
-        start = self.centre + share.clamp(min=1e-6).log()[..., None]                      # (n, 2, taps)
-        logits = logits + start[..., None, None]
-        weights = logits.flatten(1, 2).softmax(dim=1)                                     # (n, 2 taps, h, w)
-        sides = rearrange(hint[:, :8], "n (side c) h w -> (n side) c h w", c=4)
-        places = F.unfold(F.pad(sides, [self.radius] * 4, "replicate"), 2 * self.radius + 1)
-        places = rearrange(places, "(n side) (c k) (h w) -> n c (side k) h w", n=n, c=4, h=h)
-        return (places * weights[:, None]).sum(2), self.to_doubt(x)
+    def forward(self, window):
+        """An `Around` -> guess, doubt: (b f, 4, h, w) each."""
+        n, _, h, w = window.hint.shape
+        gains, shifts = rearrange(self.emb(window.emb), "b f (two k c) -> two k (b f) c 1 1", two=2, k=3)
+        axes = (torch.linspace(-1, 1, size, device=gains.device) for size in (h, w))
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(gains.dtype).expand(n, 2, h, w)
+        x = F.silu(self.conv_in(torch.cat([window.hint, places], dim=1)) * (1 + gains[0]) + shifts[0])
+        for conv, gain, shift in zip(self.convs, gains[1:], shifts[1:]):
+            x = x + F.silu(conv(x) * (1 + gain) + shift)
+
+        speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")     # latents per frame
+        limit = self.offsets.amax(0).view(2, 1, 1) + 0.5
+        origin = torch.clamp(-speed * window.since[..., None, None, None], -limit, limit)  # (n, 2, yx, h, w)
+        far = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)         # (n, 2, taps, h, w)
+        logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2) - self.sharpness * far
+        logits = logits + window.share.clamp(min=1e-6).log()[..., None, None, None]
+        weights = logits.flatten(1, 2).softmax(dim=1)                                      # (n, 2 taps, h, w)
+
+        rows = torch.arange(-self.reach[0], h + self.reach[0], device=x.device).clamp(0, h - 1)
+        columns = torch.arange(-self.reach[1], w + self.reach[1], device=x.device) % w
+        sides = rearrange(window.hint[:, :8], "n (side c) h w -> (n side) c h w", c=4)
+        around = F.unfold(sides[:, :, rows[:, None], columns], self.size)
+        around = rearrange(around, "(n side) (c k) (h w) -> n c (side k) h w", n=n, c=4, h=h)
+        moved = (around * weights[:, None]).sum(2)                                         # (n, 4, h, w)
+
+        whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)
+        gain, shift = self.to_light(whole).split((16, 4), dim=1)
+        lit = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]
+        correction, doubt = self.to_rest(x).chunk(2, dim=1)
+        return lit + correction, doubt
 
 
 class UNet(nn.Module):
@@ -447,17 +476,18 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, 4, 3, padding=1))
 
         self.temporal_embed = FrameEmbedding(c.temporal_emb_dim, c.text_width)
-        self.temporal_hint = zero(nn.Conv2d(2 * 4 + 1, widths[0], 3, padding=1))
+        self.temporal_hint = zero(nn.Conv2d(3 * 4 + 1, widths[0], 3, padding=1))
         self.temporal_guess = MotionGuess(c.temporal_emb_dim)
         self.temporal_trust = zero(nn.Linear(c.temporal_emb_dim, 2 * 4))
         self.schedule = NoiseSchedule(c.prediction, c.zero_terminal_snr)
 
-    def forward(self, x, t, context, frames=None, given=None, temporal=True):
+    def forward(self, x, t, context, frames=None, given=None, temporal=True, with_guess=False):
         """Returns eps or v, in the shape of x with 4 channels; temporal=False, or one frame, is plain SD.
 
         x: latents (b, c, f, h, w), or (b, c, h, w) for pictures. t: noise levels (b, f), or (b,).
         context: text (b, 77, d). frames: absolute frame indices (b, f), default 0, 1, 2 ...
-        given: (b, f) bool, the frames that are known, default none."""
+        given: (b, f) bool, the frames that are known, default none.
+        with_guess: return the guess (b, 4, f, h, w) beside it, for training."""
         if x.dim() == 4:
             return self(x[:, :, None], t[:, None], context)[:, :, 0]
         b, c, f, h, w = x.shape
@@ -467,55 +497,53 @@ class UNet(nn.Module):
         if h % self.factor or w % self.factor:
             raise ValueError(f"the UNet got latents of {h}x{w}; height and width must be multiples of "
                              f"{self.factor}: resize the pictures")
-        window = hint = None
+        window = None
         if temporal and f > 1:
-            window, hint, share = self.look_around(x, t, context, frames, given)
+            window = self.look_around(x, t, context, frames, given)
+            guess, doubt = self.temporal_guess(window)
         emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
         emb = self.time_embed(emb)                                                        # (b f, emb)
 
         skips, hidden = [], rearrange(x, "b c f h w -> (b f) c h w")
         for i, stage in enumerate(self.input_blocks):
             hidden = self.run(i, stage, hidden, emb, context, window)
-            if i == 0 and hint is not None:
-                hidden = hidden + self.temporal_hint(hint)
+            if i == 0 and window is not None:
+                hidden = hidden + self.temporal_hint(torch.cat([window.hint, guess], dim=1))
             skips.append(hidden)
         hidden = self.run(0, self.middle_block, hidden, emb, context, window)
         for i, stage in enumerate(self.output_blocks):
             hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
         out = rearrange(self.out(hidden), "(b f) c h w -> b c f h w", b=b)
         if window is not None:
-            emb = window.emb.flatten(0, 1)
-            guess, doubt = self.temporal_guess(hint, emb, share)
-            trust, certain = self.temporal_trust(emb)[..., None, None].chunk(2, dim=1)    # (b f, 4, 1, 1)
+            trust, certain = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None].chunk(2, dim=1)
             video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
             e = (doubt + certain).clamp(-5, 1).exp()
             out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
+        if with_guess:
+            return out, video(guess)
         return out
 
     def look_around(self, x, t, context, frames, given):
-        """What the temporal layers and the two paths for the given frames work with.
-
-        Returns the window, the hint (b f, 9, h, w): latents of the nearest given frames before and after,
-        zeros where there is none, and whether the frame is itself given; and the share (b f, 2) that these
-        two would have in a linear blend."""
+        """The `Around` of a window: what its temporal layers and the paths for given frames work with."""
         b, c, f, h, w = x.shape
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
         before, after = nearest_given(given)
         emb = self.temporal_embed(t, frames, given, before, after, context)
-        window = Around(b, f, frames.diff(dim=1).to(emb.dtype), frames[:, :, None] - frames[:, None, :], emb)
 
         spread = lambda values: values[:, None, :, None, None].to(x.dtype)                # (b, 1, f, 1, 1)
         at = lambda index: index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w)
         latents = [x[:, :4].gather(2, at(index)) * spread(index >= 0) for index in (before, after)]
         hint = torch.cat([*latents, spread(given).expand(b, 1, f, h, w)], dim=1)
 
-        ahead = frames.gather(1, after.clamp(min=0)) - frames
-        behind = frames - frames.gather(1, before.clamp(min=0))
+        since = lambda index: torch.where(index >= 0, frames - frames.gather(1, index.clamp(min=0)), 0)
+        behind, ahead = since(before), -since(after)
         share = behind / (behind + ahead).clamp(min=1)                                    # of the later frame
         share = torch.where(after < 0, 0, torch.where(before < 0, 1, share))
-        share = torch.stack([(1 - share) * (before >= 0), share], dim=-1)
-        return window, rearrange(hint, "b c f h w -> (b f) c h w"), share.flatten(0, 1)
+        pairs = lambda before, after: torch.stack([before, after], dim=-1).flatten(0, 1).to(x.dtype)
+        return Around(b, f, frames.diff(dim=1).to(x.dtype), frames[:, :, None] - frames[:, None, :], emb,
+                      rearrange(hint, "b c f h w -> (b f) c h w"), pairs(behind, -ahead),
+                      pairs((1 - share) * (before >= 0), share))
 
     def run(self, i, stage, x, emb, context, window):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.

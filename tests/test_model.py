@@ -123,7 +123,7 @@ def test_a_window_does_not_see_the_others_of_its_batch():
     together = unet(x, t, context, frames, given)
     for i in range(2):
         alone = unet(x[i:i + 1], t[i:i + 1], context[i:i + 1], frames[i:i + 1], given[i:i + 1])
-        assert largest(alone, together[i:i + 1]) <= 1e-5
+        assert largest(alone, together[i:i + 1]) <= 1e-5 * together.abs().max()
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def test_side_taps_fade_with_the_gap():
     torch.nn.init.dirac_(conv.weight)
     torch.nn.init.zeros_(conv.bias)
     x = torch.randn(3, 2, 4, 4)
-    window = Around(1, 3, torch.tensor([[1.0, 4.0]]), None, None)
+    window = Around(1, 3, torch.tensor([[1.0, 4.0]]), *[None] * 5)
     conv.temporal.weight[:2, :, 0, 0] = torch.eye(2)
     assert largest(conv(x, window), torch.stack([x[0], x[1] + x[0], x[2] + x[1] / 2])) <= 1e-6
     conv.temporal.weight[:2] = 0
@@ -159,22 +159,36 @@ def test_nearest_given_frames_by_hand():
 
 @torch.no_grad()
 def test_every_frame_is_shown_its_nearest_given_frames():
-    """At the entrance as 9 channels: latents before, latents after, given or not. At the exit as answer."""
+    """As 9 channels: latents before, latents after, given or not; with their distances and shares."""
     unet, (x, t, context) = small_unet(), window_inputs(b=1)
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
-    _, hint, _ = unet.look_around(x, t, context, None, given)
+    window = unet.look_around(x, t, context, torch.tensor([[0, 2, 3, 6, 7]]), given)
     for i, (before, after) in enumerate(((None, 1), (1, 1), (1, 3), (3, 3), (3, None))):
         shown = [torch.zeros(4, 8, 8) if j is None else x[0, :, j] for j in (before, after)]
-        assert torch.equal(hint[i], torch.cat([*shown, given[0, i].expand(1, 8, 8).float()]))
-    unet.temporal_trust.bias[:4] = 1      # go by the guess,
-    unet.temporal_trust.bias[4:] = -9     # with hardly a doubt
-    unet.temporal_guess.centre[:, 12] = 99                                # and let it be the plain blend
-    for layer in (unet.temporal_guess.to_taps.weight, unet.temporal_guess.to_taps.bias):
-        layer.zero_()
-    answer = unet(x, torch.full((1, F), 999), context, given=given)       # v at pure noise is -x0
-    one, three = x[0, :, 1], x[0, :, 3]
-    blend = torch.stack([one, one, (one + three) / 2, three, three], dim=1)
-    assert largest(-answer[0], blend) <= 0.05
+        assert torch.equal(window.hint[i], torch.cat([*shown, given[0, i].expand(1, 8, 8).float()]))
+    assert window.since.tolist() == [[0, -2], [0, 0], [1, -3], [0, 0], [1, 0]]
+    assert torch.allclose(window.share, torch.tensor([[0, 1], [1, 0], [3 / 4, 1 / 4], [1, 0], [1, 0]]))
+
+
+@torch.no_grad()
+def test_the_guess_is_the_given_frames_moved_by_speed_times_distance():
+    """Sideways around the edge, down from the edge; a blend of both sides where there are two; and the
+    answer of the whole network where it has learned to go by the guess."""
+    unet, (x, t, context) = small_unet(), window_inputs(b=1)
+    unet.temporal_guess.sharpness.fill_(99)                   # only the place that the speed points at
+    unet.temporal_guess.to_speed.bias[:] = torch.tensor([0.5, -1.0]) / 0.05     # latents per frame: down, left
+    given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
+    window = unet.look_around(x, t, context, torch.tensor([[0, 2, 4, 6, 8]]), given)
+    guess, _ = unet.temporal_guess(window)
+    rows = lambda down: (torch.arange(8) - down).clamp(0, 7)
+    moved = lambda frame, down, across: x[0, :, frame, rows(down)].roll(across, dims=2)
+    two = (moved(1, 1, -2) + moved(3, -1, 2)) / 2
+    wanted = torch.stack([moved(1, -1, 2), x[0, :, 1], two, x[0, :, 3], moved(3, 1, -2)])
+    assert largest(guess, wanted) <= 1e-5
+    unet.temporal_trust.bias[:4] = 1                          # go by the guess,
+    unet.temporal_trust.bias[4:] = -9                         # with hardly a doubt
+    answer = unet(x, torch.full((1, F), 999), context, torch.tensor([[0, 2, 4, 6, 8]]), given)
+    assert largest(-answer[0].transpose(0, 1), wanted) <= 0.05             # v at pure noise is -x0
 
 
 def temporal_gradients(checkpoint_every):
