@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_tempora
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (2800, 6, 2e-3, 512),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (6000, 6, 2e-3, 768),
             "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
@@ -55,7 +56,7 @@ def parse(argv):
                    help="go on from the checkpoint in --out (auto) or from a file")
     # data
     p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "
-                   "better and slower to prepare; default 4096 for image, 512 for video, else about 100")
+                   "better and slower to prepare; default 4096 for image, 768 for video, else about 100")
     p.add_argument("--frames", type=int, default=121,
                    help="length of the training clips: windows of plans for so many frames")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
@@ -186,10 +187,10 @@ def random_levels(batch, generator, args):
 
 
 def diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions):
-    """Mean squared error of the UNet's answer per example (b,), on the frames that are made.
+    """Mean squared errors of the UNet's answer, and of its guess, per example (b,), on the frames it makes.
 
     Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave
-    it."""
+    it. A single frame has no neighbours to guess from: None."""
     x0 = batch["latents"]  # (b, c, f, h, w)
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     given, user = batch["given"], batch["user"]                                   # (b, f) each
@@ -197,10 +198,13 @@ def diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captio
     x_t = schedule.q_sample(x0, t, eps)
     x_t = torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t)        # level 0: really clean
     context = model.context(captions)
-    output = model.unet(x_t, t, context, batch["frames"], given, temporal=args.stage in VIDEO_STAGES)
-    error = (output.float() - schedule.target(x0, t, eps)).square().mean(dim=(1, 3, 4))  # (b, f)
-    loss = (error * ~given).sum(1) / (~given).sum(1)
-    return loss * min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else loss
+    target = schedule.target(x0, t, eps)
+    on_new = lambda error: (error.float().square().mean(dim=(1, 3, 4)) * ~given).sum(1) / (~given).sum(1)
+    weight = min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else 1
+    if args.stage not in VIDEO_STAGES:
+        return weight * on_new(model.unet(x_t, t, context, temporal=False) - target), None
+    output, guess = model.unet(x_t, t, context, batch["frames"], given, with_guess=True)
+    return weight * on_new(output - target), on_new(guess - x0)
 
 
 def vae_loss(model, images, generator):
@@ -232,7 +236,8 @@ def training_loss(model, schedule, batch, seed, args, device):
 
     Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
     its error, a hundred times smaller, is what flickers. So in the video stages every example counts relative
-    to its own loss: the gradient is that of log(loss + 0.05), as if one measured in decibels."""
+    to its own loss: the gradient is that of log(loss + 0.01), as if one measured in decibels. The guess
+    learns from its own error besides, which unlike the answer's is the same at every noise level."""
     generator = torch.Generator().manual_seed(seed)
     batch = to_device(batch, device)
     if args.stage == "vae":
@@ -241,9 +246,11 @@ def training_loss(model, schedule, batch, seed, args, device):
         t_new, t_aug = (t.to(device) for t in random_levels(batch, generator, args))
         dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
-        loss = diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions)
-    relative = loss / (loss.detach() + 0.05) if args.stage in VIDEO_STAGES else loss
-    return relative.mean(), loss.mean()
+        loss, guess_loss = diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions)
+    descend = loss
+    if args.stage in VIDEO_STAGES:
+        descend = loss / (loss.detach() + 0.01) + guess_loss / (guess_loss.detach() + 0.0005)
+    return descend.mean(), loss.mean()
 
 
 @torch.no_grad()
@@ -265,7 +272,7 @@ def validation_loss(model, schedule, batches, args, device):
             t_new = torch.full((len(batch["latents"]),), level, device=device)
             t_aug = torch.full_like(t_new, min(20, args.aug_max))
             noise, captions = torch.Generator().manual_seed(i), batch["captions"]
-            losses.append(diffusion_loss(model, schedule, batch, t_new, t_aug, noise, args, captions))
+            losses.append(diffusion_loss(model, schedule, batch, t_new, t_aug, noise, args, captions)[0])
         by_level.append(torch.cat(losses).mean())
     by_level = torch.stack(by_level)
     return by_level.mean().item(), by_level.view(4, -1).mean(1).tolist()
@@ -283,13 +290,17 @@ def update_ema(ema, parameters, decay, step):
         ema[name].lerp_(parameter, 1 - decay)
 
 
-@torch.no_grad()
-def swap(ema, parameters):
-    """Exchange averaged and current weights. Called twice around everything that is to see the average."""
-    for name, parameter in parameters.items():
-        kept = parameter.clone()
-        parameter.copy_(ema[name])
-        ema[name].copy_(kept)
+@contextmanager
+def averaged(ema, parameters):
+    """Inside this, the network has the averaged weights: validation, samples and results are theirs."""
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(ema[name])
+    yield
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(kept[name])
 
 
 def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args):
@@ -421,6 +432,13 @@ def prepare_model(args):
     return model
 
 
+def prepare_optimizer(trainable, args, device):
+    """AdamW on what is trained, and the scaler that keeps small gradients from vanishing in fp16."""
+    optimizer = torch.optim.AdamW(trainable.values(), lr=args.learning_rate, betas=(0.9, 0.99),
+                                  weight_decay=args.weight_decay)
+    return optimizer, torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+
+
 def report(model, trainable, args, device, why):
     """Say what is about to be trained, before anything is spent."""
     total = sum(p.numel() for network in model.networks().values() for p in network.parameters())
@@ -439,9 +457,8 @@ def check_out(args):
                          "or give another --out folder")
 
 
-def finish(model, schedule, trainable, ema, args, minutes, val, batches, device):
+def finish(model, schedule, args, minutes, val, batches, device):
     """Write the trained weights with the recipe that made them, and say what to run next."""
-    swap(ema, trainable)
     if args.stage == "vae":                                # measure what the other stages will see as latents
         with torch.no_grad():
             pictures = lambda i: data.picture_batch("train", 1, i, 64, model.config.size).to(device)
@@ -483,9 +500,7 @@ def main(argv=None):
     next_batch = prepare_data(args, model, "train", device)
     batches = [prepare_data(args, model, "val", device)(step) for step in range(4)]
     ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=args.learning_rate, betas=(0.9, 0.99),
-                                  weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+    optimizer, scaler = prepare_optimizer(trainable, args, device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     checkpoint_path = os.path.join(args.out, "ckpt.pt")
     step = 0
@@ -507,17 +522,14 @@ def main(argv=None):
         last = step == args.max_steps
         row = {"step": step}
         if step % args.val_every == 0 or last:
-            swap(ema, trainable)
-            val, quarters = validation_loss(model, schedule, batches, args, device)
-            swap(ema, trainable)
+            with averaged(ema, trainable):
+                val, quarters = validation_loss(model, schedule, batches, args, device)
             row |= {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
             by_quarter = " ".join(f"{q:.4f}" for q in quarters)
             progress.write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
         if args.sample_every and step and step % args.sample_every == 0:
-            swap(ema, trainable)
-            path = os.path.join(args.out, "samples", f"{step:06d}.png")
-            sample_sheet(path, model, schedule, batches[0], args, device)
-            swap(ema, trainable)
+            with averaged(ema, trainable):
+                sample_sheet(f"{args.out}/samples/{step:06d}.png", model, schedule, batches[0], args, device)
         if step and (step % args.save_every == 0 or last):
             log_file.flush()
             save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args)
@@ -566,7 +578,8 @@ def main(argv=None):
     progress.close()
     log_file.close()
     plot_losses(log_file.name, os.path.join(args.out, "loss.png"))
-    finish(model, schedule, trainable, ema, args, (time.time() - started) / 60, val, batches, device)
+    with averaged(ema, trainable):
+        finish(model, schedule, args, (time.time() - started) / 60, val, batches, device)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, small_we
         noise = torch.Generator().manual_seed(0)  # one stream: the halves see the noise of the whole batch
         for part in parts:
             some = {key: value[part] for key, value in batch.items()}
-            loss = train.diffusion_loss(model, schedule, some, t_new[part], t_aug[part], noise, args,
-                                        some["captions"])
-            (loss.mean() / len(parts)).backward()
+            loss, guess_loss = train.diffusion_loss(model, schedule, some, t_new[part], t_aug[part], noise,
+                                                    args, some["captions"])
+            ((loss + guess_loss).mean() / len(parts)).backward()
         grads.append([parameter.grad.clone() for parameter in trainable.values()])
     for one, other in zip(*grads):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
@@ -169,9 +169,9 @@ def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_w
     batch["user"] = batch["given"] & (torch.arange(batch["given"].shape[1]) == 0)
     seen = {}
 
-    def unet(x, t, context, frames, given, temporal):
+    def unet(x, t, context, frames, given, with_guess):
         seen.update(x=x, t=t)
-        return torch.zeros_like(x)
+        return torch.zeros_like(x), torch.zeros_like(x)
 
     monkeypatch.setattr(model, "unet", unet)
     t_new, t_aug = torch.tensor([900, 800, 700]), torch.tensor([100, 50, 0])
