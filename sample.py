@@ -270,7 +270,7 @@ def cloud_pixels(video, world):
     return ~hidden[:, : h // 2]
 
 
-def speed(video, world, lag=6):
+def speed(video, world, lag=8):
     """How fast the clouds drift, as a multiple of the true wind: 1 is right, 0 is frozen.
 
     The shift that best explains the sky `lag` frames later, searched from -0.5 to 2 times the truth."""
