@@ -7,6 +7,9 @@ Checkpoints are on the Hugging Face hub, stable-diffusion-v1-5/stable-diffusion-
 of their own (CreativeML Open RAIL-M); the tokenizer's merges are in the repository openai/CLIP, folder clip.
 The result has 2.1 GB and no temporal layers: those start as the identity and are trained.
 
+Nothing runs that a pickle asks for, and a .ckpt is held against its own checksums. safetensors has none: the
+SHA-256 that is printed is the one the hub shows beside the file, and --sha256 insists on it.
+
 model.py keeps the names of SD's own single file, so there is nothing to rename in one; a diffusers folder
 goes through the tables below. Every tensor must find its place, once, and every place its tensor; if not, all
 names that do not fit are printed and nothing is written.
@@ -14,15 +17,17 @@ names that do not fit are printed and nothing is written.
 
 import argparse
 import gzip
+import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections import Counter
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import PREFIXES, PRESETS, Model, is_temporal, read_weights, save_weights
+from model import PREFIXES, PRESETS, Model, is_temporal, save_weights
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 CONV_IN = UNET + "input_blocks.0.0.weight"
@@ -32,6 +37,8 @@ ALPHA_BAR = 0.99915, 0.00466                                                 # f
 IGNORED = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|.*\.position_ids|"
                      r"model_ema\.(decay|num_updates)|first_stage_model\.(loss|model_ema)\..*|"
                      r"cond_stage_model\.(.*text_projection.*|logit_scale)")
+# what training programs leave in their pickles beside the tensors; nothing of it is needed
+HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")
 # names by which other kinds of files give themselves away
 FOREIGN = {
     "a LoRA": "(?i)lora",
@@ -113,21 +120,51 @@ def read_tensors(path):
                 return {key: file.get_tensor(key) for key in file.keys()}
         if head.startswith((b"PK\x03\x04", b"\x80")):
             return read_pickle(path)
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
+    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is truncated or damaged ({str(error)[:60]}): download it again") from None
     raise ValueError(f"{path} is neither safetensors nor ckpt, starting with {head[:8]!r}: download it again")
 
 
+class Skipped:
+    """Stands for an object in a pickle that is not needed: takes what it is given, keeps and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def stand_in(name):
+    """A class that does nothing under the name that a pickle asks for."""
+    module, _, short = name.rpartition(".")
+    return type(short, (Skipped,), {"__module__": module})
+
+
 def read_pickle(path):
-    """The tensors of a .ckpt or .bin file. A pickle may hold any program, so only plain data is loaded."""
-    try:
-        with open(path, "rb") as file:                      # given a path, torch goes by its ending
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path} is a pickle with code in it ({code[1]}), which is not run: give the "
-                         f".safetensors file of this model" if code else
-                         f"{path} is damaged: download it again") from None
+    """The tensors of a .ckpt or .bin file. A pickle may hold any program, so only plain data is loaded.
+
+    What training programs leave in it is skipped, one name at a time, as loading comes across it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():                 # torch does not look at the checksums
+                raise ValueError(f"{path} is damaged, in {broken}: download it again")
+    skip = []
+    while True:
+        allowed = torch.serialization.safe_globals([stand_in(name) for name in skip])
+        try:
+            with open(path, "rb") as file, allowed:
+                tensors = torch.load(file, map_location="cpu", weights_only=True)   # a path: by its ending
+            break
+        except (pickle.UnpicklingError, TypeError) as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            code = found[1] if found else skip[-1] if skip else None
+            if found and code.startswith(HARMLESS) and code not in skip:
+                skip.append(code)
+                continue
+            raise ValueError(f"{path} is a pickle with code in it ({code}), which is not run: give the "
+                             f".safetensors file of this model" if code else
+                             f"{path} is damaged: download it again") from None
     while isinstance(tensors, dict) and "state_dict" in tensors:
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict):
@@ -314,21 +351,89 @@ def write(path, placed, config, merges, dtype, **about):
 
 def self_check(path):
     """Print parameter counts and noise schedule of our file. Raises ValueError when something is wrong."""
-    _, merges, _, tensors = read_weights(path)
     for part, expected in PARAMETERS.items():
-        mine = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIXES[part])}
-        broken = [key for key, tensor in mine.items() if not tensor.isfinite().all()]
+        count, broken = 0, []
+        with safe_open(path, framework="pt") as file:       # one tensor at a time: the file fills memory once
+            merges = file.metadata()["merges"].count("\n") + 1
+            for key in (key for key in file.keys() if key.startswith(PREFIXES[part])):
+                tensor = file.get_tensor(key)
+                count += tensor.numel()
+                broken += [] if tensor.isfinite().all() else [key]
         if broken:
             raise ValueError(f"{len(broken)} tensors have numbers that are not finite: {', '.join(broken)}; "
                              f"try --dtype bfloat16, and if that does not help another checkpoint")
-        count = sum(tensor.numel() for tensor in mine.values())
         if count != expected:
             raise ValueError(f"{part} has {count:,} parameters, not {expected:,}: give an SD1.x checkpoint")
         print(f"{part:4} {count:>11,} parameters, all finite: OK")
     alpha_bar = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
     first, last = alpha_bar[0].item(), alpha_bar[-1].item()
     assert abs(first - ALPHA_BAR[0]) < 1e-5 > abs(last - ALPHA_BAR[1]), f"alpha_bar {first} ... {last}"
-    print(f"noise schedule alpha_bar[0]={first:.5f} [999]={last:.5f}, {len(merges):,} merges: OK")
+    print(f"noise schedule alpha_bar[0]={first:.5f} [999]={last:.5f}, {merges:,} merges: OK")
+
+
+def check_sha256(path, expected):
+    """Print the SHA-256 of a file, as the hub shows it. ValueError if another one is expected."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    found = digest.hexdigest()
+    if expected and found != expected.lower():
+        raise ValueError(f"{path} has SHA-256 {found}, not {expected}: download it again")
+    print(f"SHA-256 {found}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA files: small changes to many weights
+# ------------------------------------------------------------------------------------------------------------
+
+# kohya's names are those of diffusers with every dot an underscore; these words had underscores before
+WORDS = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_embedding", "time_emb_proj",
+         "conv_shortcut", "conv_in", "conv_out", "proj_in", "proj_out", "linear_1", "linear_2", "to_q",
+         "to_k", "to_v", "to_out", "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def lora_target(name, config):
+    """Our name of the weight that a LoRA layer changes, say lora_unet_mid_block_attentions_0_proj_in."""
+    part = {"lora_unet_": "unet", "lora_te_": "text"}
+    prefix = next((prefix for prefix in part if name.startswith(prefix)), None)
+    if prefix is None:
+        return None
+    dotted = name.removeprefix(prefix).replace("_", ".")
+    for word in WORDS:
+        dotted = dotted.replace(word.replace("_", "."), word)
+    return rename(f"{dotted}.weight", part[prefix], config)
+
+
+@torch.no_grad()
+def merge_lora(model, path, scale=1.0):
+    """Add a LoRA file in kohya's layout: W + scale · alpha/rank · up·down (Hu et al. 2106.09685, 4.1).
+
+    Returns how many layers were changed and the names of all tensors that found no place. ValueError when
+    none did, or when the sizes are those of another model."""
+    tensors = read_tensors(path)
+    weights = {PREFIXES[part] + name: weight for part, network in model.networks().items()
+               for name, weight in network.named_parameters()}
+    used = set()
+    for key in [key for key in tensors if key.endswith(".lora_down.weight")]:
+        stem = key.removesuffix(".lora_down.weight")
+        weight = weights.get(lora_target(stem, model.config))
+        up, down = f"{stem}.lora_up.weight", tensors[key]
+        if weight is None or up not in tensors:
+            continue
+        if tensors[up].dim() < 2 or tensors[up].shape[1] != len(down) or f"{stem}.dora_scale" in tensors:
+            raise ValueError(f"{path} is no plain LoRA at {stem}: give one in kohya's layout, not DoRA")
+        alpha = tensors.get(f"{stem}.alpha", torch.tensor(float(len(down))))
+        change = tensors[up].float().flatten(1) @ down.float().flatten(1)
+        if change.numel() != weight.numel() or len(change) != len(weight):
+            raise ValueError(f"{path} is a LoRA of another model: {stem} changes {tuple(change.shape)} "
+                             f"numbers, here are {tuple(weight.shape)}; give one for Stable Diffusion 1.x")
+        weight += scale * (alpha.item() / len(down)) * change.view(weight.shape).to(weight.device)
+        used |= {key, up, f"{stem}.alpha"}
+    if not used:
+        raise ValueError(f"{path} is no LoRA that fits: no tensor is named like lora_unet_mid_block_..."
+                         f".lora_down.weight but {', '.join(sorted(tensors)[:3])}; give one in kohya's names")
+    return len(used) // 3, sorted(tensors.keys() - used)
 
 
 def main(argv=None):
@@ -343,10 +448,16 @@ def main(argv=None):
                    "better pictures, while the others are meant to be trained on")
     p.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the "
                    "numbers in the file; float16, the default, is enough: what is trained is not in it")
+    p.add_argument("--sha256", metavar="HEX", help="refuse MODEL if this is not its SHA-256, which the hub "
+                   "shows beside each file: safetensors has no checksum of its own")
     p.add_argument("--list", action="store_true", help="only print which tensor becomes which, write nothing")
     args = p.parse_args(argv)
     config = PRESETS["sd15"]
     own = os.path.join(args.model, "tokenizer", "merges.txt") if os.path.isdir(args.model) else None
+    if os.path.isfile(args.model):
+        check_sha256(args.model, args.sha256)
+    elif args.sha256:
+        raise ValueError(f"--sha256 is of a single file and {args.model} is none: leave --sha256 out")
     placed, found = convert(args.model, config, args.vae, args.ema)
     print(found)
     if args.list:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import unicodedata
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
@@ -374,16 +375,17 @@ class MotionGuess(nn.Module):
 
     For every latent a small network says how fast what is there moves. Times the frames since a given frame,
     that is how far away it was then: speed is learned from short gaps and holds for long ones. The guess is
-    a mean over the places around there in both given frames, weighted by how near they lie and as the
-    network sees fit (adaptive convolution, Niklaus et al. 1703.07514), in another light, which is one linear
-    map of the channels for the whole frame, plus a correction. It comes with a doubt, the logarithm of its
-    expected error.
+    a mean over the places around there in both given frames, weighted by how near they lie, in space and in
+    time, and as the network sees fit (adaptive convolution, Niklaus et al. 1703.07514), in another light,
+    which is one affine map of the channels for the whole frame, plus a correction. It comes with a doubt, the
+    logarithm of its expected error.
 
     Temporal layers see one pixel at a time and the image model's convolutions are frozen: without this
     nothing that is trained could move a thing farther than one 3x3 conv reaches.
 
     `reach`: rows and columns to each side that a latent may come from; on a landscape things move sideways.
-    Columns go around: what leaves on one side may come back on the other."""
+    What was farther away is cut off there, and teaches no speed. Columns go around: what leaves on one side
+    may come back on the other."""
     def __init__(self, emb_dim, width=48, reach=(2, 6)):
         super().__init__()
         self.reach, self.size = reach, tuple(2 * r + 1 for r in reach)
@@ -408,12 +410,14 @@ class MotionGuess(nn.Module):
         for conv, gain, shift in zip(self.convs, gains[1:], shifts[1:]):
             x = x + F.silu(conv(x) * (1 + gain) + shift)
 
-        speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")     # latents per frame
-        limit = self.offsets.amax(0).view(2, 1, 1) + 0.5
+        # latents per frame; an output near 1 is the fastest wind of the tiny preset
+        speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")
+        limit = self.offsets.amax(0).view(2, 1, 1) + 0.5            # as far as the last place is the nearest
         origin = torch.clamp(-speed * window.since[..., None, None, None], -limit, limit)  # (n, 2, yx, h, w)
-        far = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)         # (n, 2, taps, h, w)
-        logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2) - self.sharpness * far
-        logits = logits + window.share.clamp(min=1e-6).log()[..., None, None, None]
+        squared = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)     # of the distance
+        logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2)
+        logits = logits - self.sharpness * squared
+        logits = logits + window.share.clamp(min=1e-30).log()[..., None, None, None]
         weights = logits.flatten(1, 2).softmax(dim=1)                                      # (n, 2 taps, h, w)
 
         rows = torch.arange(-self.reach[0], h + self.reach[0], device=x.device).clamp(0, h - 1)
@@ -433,11 +437,11 @@ class MotionGuess(nn.Module):
 class UNet(nn.Module):
     """SD1.5's UNet (Rombach et al.) with temporal layers: says the noise in the latents, or v, per frame.
 
-    On top of the temporal layers come two zero-initialised paths for the given frames. `temporal_hint`, at
-    the entrance, shows every frame the latents of the nearest given frames before and after it.
-    `temporal_guess`, at the exit, makes a guess at each frame by moving and blending these two, and
-    `temporal_trust` says how far to go by it; `diffusion.lean_on` turns that into the answer, and the network
-    only has to learn what is left."""
+    On top of the temporal layers come two paths for the given frames, both closed to begin with.
+    `temporal_guess` moves and blends the nearest given frames before and after a frame. `temporal_hint`, at
+    the entrance, shows every frame these two and the guess. `temporal_trust`, at the exit, says how far to go
+    by the guess; `diffusion.lean_on` turns that into the answer, and the network only has to learn what is
+    left."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
@@ -488,6 +492,9 @@ class UNet(nn.Module):
         context: text (b, 77, d). frames: absolute frame indices (b, f), default 0, 1, 2 ...
         given: (b, f) bool, the frames that are known, default none.
         with_guess: return the guess (b, 4, f, h, w) beside it, for training."""
+        if with_guess and (x.dim() == 4 or x.shape[2] < 2 or not temporal):
+            raise ValueError(f"latents {tuple(x.shape)} with temporal={temporal} have no neighbours to guess "
+                             f"from: give 2 frames or more, or with_guess=False")
         if x.dim() == 4:
             return self(x[:, :, None], t[:, None], context)[:, :, 0]
         b, c, f, h, w = x.shape
@@ -515,9 +522,10 @@ class UNet(nn.Module):
             hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
         out = rearrange(self.out(hidden), "(b f) c h w -> b c f h w", b=b)
         if window is not None:
-            trust, certain = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None].chunk(2, dim=1)
+            of_frames = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None]     # (b f, 8, 1, 1)
+            trust, frame_doubt = of_frames.chunk(2, dim=1)
             video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
-            e = (doubt + certain).clamp(-5, 1).exp()
+            e = (doubt + frame_doubt).clamp(-5, 1).exp()
             out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
         if with_guess:
             return out, video(guess)
@@ -888,6 +896,17 @@ def choose_device(name=None):
     return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
 
 
+def checksum(tensors, *texts):
+    """CRC-32 of tensors, their names and texts: safetensors notices a file cut short, but no flipped bit."""
+    total = 0
+    for text in texts:
+        total = zlib.crc32(text.encode(), total)
+    for key, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
+
+
 def save_weights(path, model, dtype=torch.float16, parts=("unet", "vae", "text"), only=None, **about):
     """Write a model as one safetensors file with SD's key names; `only` filters the UNet's parameter names.
 
@@ -895,8 +914,9 @@ def save_weights(path, model, dtype=torch.float16, parts=("unet", "vae", "text")
     tensors = {PREFIXES[part] + name: tensor.detach().to("cpu", dtype).contiguous()
                for part in parts for name, tensor in model.networks()[part].state_dict().items()
                if part != "unet" or only is None or only(name)}
-    metadata = {"format": "nanovideo", "config": json.dumps(asdict(model.config)),
-                "merges": "\n".join(model.tokenizer.merges), "about": json.dumps({**model.about, **about})}
+    texts = {"config": json.dumps(asdict(model.config)), "merges": "\n".join(model.tokenizer.merges),
+             "about": json.dumps({**model.about, **about})}
+    metadata = {"format": "nanovideo", **texts, "checksum": checksum(tensors, *texts.values())}
     save_file(tensors, f"{path}.tmp", metadata=metadata)
     os.chmod(f"{path}.tmp", 0o644)    # safetensors makes files that only their owner can read
     os.replace(f"{path}.tmp", path)
@@ -914,9 +934,12 @@ def read_weights(path):
                 raise ValueError(f"{path} is a safetensors file, but not one of ours: run "
                                  f"convert_sd_weights.py on a Stable Diffusion 1.x checkpoint first")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+            texts = [metadata[key] for key in ("config", "merges", "about")]
+    except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): give the weights file that "
                          f"train.py or convert_sd_weights.py wrote") from None
+    if metadata.get("checksum", "") not in ("", checksum(tensors, *texts)):       # the first files had none
+        raise ValueError(f"{path} is damaged, its checksum is not that of its numbers: copy or make it again")
     fields = {key: tuple(value) if isinstance(value, list) else value
               for key, value in json.loads(metadata["config"]).items()}
     merges = metadata["merges"].split("\n") if metadata["merges"] else []

@@ -6,12 +6,16 @@ its own and diffusers'.
 """
 
 import gzip
+import hashlib
 import json
 import pickle
+import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import oracle_weights as oracle
 import pytest
 import torch
@@ -134,6 +138,22 @@ def test_everything_else_in_the_real_file_is_ignored_by_name():
     ignored = {key for key in SD15["shapes"] if C.IGNORED.fullmatch(key)}
     assert len(ignored) == 15
     assert [key for key in ignored if key.startswith(tuple(PREFIXES.values()))] == [TEXT_IDS]
+
+
+def test_what_a_training_program_leaves_in_a_ckpt_is_skipped(mini, weights, tmp_path, monkeypatch):
+    """Objects of PyTorch Lightning and NumPy scalars, as in sd-v1-4-full-ema.ckpt and files trained on it."""
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    module = sys.modules["pytorch_lightning.callbacks"]
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint.__qualname__ = "ModelCheckpoint"
+    left = module.ModelCheckpoint()
+    left.best = np.float64(0.5)
+    path = tmp_path / "model.ckpt"
+    torch.save({"callbacks": {module.ModelCheckpoint: left}, "best": np.float32(1), "state_dict": mini}, path)
+    monkeypatch.undo()                                          # here, PyTorch Lightning is not installed
+    assert C.read_tensors(path).keys() == mini.keys()
+    assert all(torch.equal(tensor, mini[key]) for key, tensor in C.read_tensors(path).items())
 
 
 @torch.no_grad()
@@ -385,3 +405,147 @@ def test_the_script_ends_with_one_sentence(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("convert_sd_weights.py: no file at")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is damaged
+# ------------------------------------------------------------------------------------------------------------
+
+def damage(rng, tensors, path, save):
+    """Write `tensors` with one thing wrong: the file is cut or has a bit flipped, or a tensor is missing, has
+    another name or shape, or is there under two names."""
+    kind, key = rng.choice(("cut", "flip", "drop", "rename", "reshape", "twice")), rng.choice(sorted(tensors))
+    tensors = dict(tensors)
+    if kind == "drop":
+        del tensors[key]
+    if kind == "rename":
+        tensors[key[:-1] + rng.choice("abcxyz_")] = tensors.pop(key)
+    if kind == "reshape":
+        shape = tensors[key].shape
+        tensors[key] = tensors[key].reshape(1, *shape) if rng.random() < 0.5 else tensors[key].flatten()[:-1]
+    if kind == "twice":
+        other = key.replace(".text_model.", ".") if ".text_model." in key else key + "2"
+        tensors[other] = tensors[key].clone()
+    save(tensors, path)
+    data = bytearray(path.read_bytes())
+    if kind == "cut":
+        del data[rng.randrange(len(data)):]
+    if kind == "flip":
+        where = rng.randrange(min(len(data), rng.choice((200, 20_000, len(data)))))   # headers, often
+        data[where] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return kind
+
+
+@pytest.mark.parametrize("ending", ("ckpt", "safetensors"))
+def test_a_damaged_checkpoint_is_refused_or_harmless(mini, weights, tmp_path, ending):
+    """70 times each: an error in one sentence, or bit for bit the weights that were meant.
+
+    A bit flipped in a tensor of a safetensors file is what only --sha256 can see; the test asks for it."""
+    rng, path, refused = random.Random(0), tmp_path / f"sd.{ending}", 0
+    save = torch.save if ending == "ckpt" else save_file
+    save(mini, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for _ in range(70):
+        kind = damage(rng, mini, path, save)
+        try:
+            placed, _ = convert(str(path), MINI)
+            if kind == "flip" and ending == "safetensors":
+                C.check_sha256(path, digest)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+        else:
+            assert_same({name: tensor for _, name, tensor in placed}, weights)
+    assert refused >= 50             # and what does not matter, a bit in the position ids, say, is let pass
+
+
+def test_a_damaged_file_of_ours_is_refused_or_harmless(tmp_path, small_weights):
+    """Cut, or with a bit flipped anywhere: its checksum is of the numbers, their names, and the config."""
+    rng, whole = random.Random(0), Path(small_weights).read_bytes()
+    path, expected = tmp_path / "damaged.safetensors", load_file(small_weights)
+    for _ in range(60):
+        data = bytearray(whole)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)):]
+        else:
+            where = rng.randrange(min(len(data), rng.choice((3000, 60_000, len(data)))))
+            data[where] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            model = load_weights(str(path))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+        else:
+            got = {PREFIXES[part] + name: tensor for part, network in model.networks().items()
+                   for name, tensor in network.state_dict().items()}
+            assert_same(got, expected)
+
+
+def test_the_sha256_is_printed_and_insisted_on(mini, weights, tmp_path, capsys):
+    """As the hub shows it."""
+    path = tmp_path / "sd.safetensors"
+    save_file(mini, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_same(run(tmp_path, path, "--sha256", digest.upper()), weights)
+    assert f"SHA-256 {digest}" in capsys.readouterr().out
+    (tmp_path / "out" / "sd15.safetensors").unlink()
+    assert_refused(tmp_path, path, "has SHA-256 .*, not 123: download", "--sha256", "123")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA
+# ------------------------------------------------------------------------------------------------------------
+
+def every_lora_layer(rank=2):
+    """A LoRA on every linear layer and conv that SD1.5's diffusers names know, of mini's sizes."""
+    with torch.device("meta"):
+        networks = Model.build(MINI).networks()
+    lora, changed = {}, {}
+    for part, prefix in (("unet", "lora_unet_"), ("text", "lora_te_")):
+        shapes = {PREFIXES[part] + name: tensor.shape for name, tensor in networks[part].state_dict().items()}
+        for key, ldm in SD15["diffusers"][part].items():
+            if not key.endswith(".weight") or len(shapes.get(ldm, ())) < 2 or "embedding." in key:
+                continue
+            stem, shape = prefix + key.removesuffix(".weight").replace(".", "_"), shapes[ldm]
+            lora[f"{stem}.lora_down.weight"] = torch.randn(rank, *shape[1:])
+            lora[f"{stem}.lora_up.weight"] = torch.randn(shape[0], rank, *(1 for _ in shape[2:]))
+            lora[f"{stem}.alpha"] = torch.tensor(1.0)
+            up, down = lora[f"{stem}.lora_up.weight"], lora[f"{stem}.lora_down.weight"]
+            change = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).view(shape)
+            changed[ldm] = change / rank
+    return lora, changed
+
+
+def weights_of(model):
+    return {PREFIXES[part] + name: tensor.clone() for part, network in model.networks().items()
+            for name, tensor in network.state_dict().items()}
+
+
+def test_a_lora_changes_exactly_its_layers(mini, tmp_path):
+    """W + scale x alpha / rank x up down, on all attention, feed-forward and conv layers by kohya's names."""
+    torch.manual_seed(0)
+    lora, changed = every_lora_layer()
+    path, model = str(tmp_path / "lora.safetensors"), Model.build(MINI)
+    save_file({**lora, "lora_unet_of_the_future.lora_up.weight": torch.zeros(1)}, path)
+    before = weights_of(model)
+    layers, unknown = C.merge_lora(model, path, 0.5)
+    assert layers == len(changed) > 250 and unknown == ["lora_unet_of_the_future.lora_up.weight"]
+    for key, weight in weights_of(model).items():
+        wanted = before[key] + 0.5 * changed[key] if key in changed else before[key]
+        assert torch.allclose(weight, wanted, atol=1e-5), key
+    C.merge_lora(model, path, -0.5)                       # and back
+    assert all(torch.allclose(weight, before[key], atol=1e-5) for key, weight in weights_of(model).items())
+
+
+def test_a_lora_of_another_model_is_refused(tmp_path):
+    """By its names, or by its sizes."""
+    path, model = tmp_path / "lora.safetensors", Model.build(MINI)
+    save_file({"unet.mid_block.attn1.to_q.lora_A.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is no LoRA that fits: .* but unet.mid_block"):
+        C.merge_lora(model, str(path))
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    pair = {f"{stem}.lora_down.weight": torch.zeros(4, 1024), f"{stem}.lora_up.weight": torch.zeros(64, 4)}
+    save_file(pair, path)
+    with pytest.raises(ValueError, match="is a LoRA of another model: .*attn2_to_k"):
+        C.merge_lora(model, str(path))

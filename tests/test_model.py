@@ -176,7 +176,7 @@ def test_the_guess_is_the_given_frames_moved_by_speed_times_distance():
     answer of the whole network where it has learned to go by the guess."""
     unet, (x, t, context) = small_unet(), window_inputs(b=1)
     unet.temporal_guess.sharpness.fill_(99)                   # only the place that the speed points at
-    unet.temporal_guess.to_speed.bias[:] = torch.tensor([0.5, -1.0]) / 0.05     # latents per frame: down, left
+    unet.temporal_guess.to_speed.bias[:] = torch.tensor([0.5, -1.0]) / 0.05   # latents per frame: down, left
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
     window = unet.look_around(x, t, context, torch.tensor([[0, 2, 4, 6, 8]]), given)
     guess, _ = unet.temporal_guess(window)
@@ -400,12 +400,15 @@ def test_a_file_without_temporal_layers_loads_as_a_fresh_video_model(small_model
 
 
 def change(path, changes):
-    """Rewrite a weights file with some tensors replaced, or left out where the new value is None."""
+    """Rewrite a weights file with some tensors replaced, or left out where the new value is None.
+
+    With a checksum that is right: this is a file of another model, not a damaged one."""
     with M.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = {**load_file(path), **{PREFIXES["unet"] + name: tensor for name, tensor in changes.items()}}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(tensors, path, metadata=metadata)
+    right = M.checksum(tensors, *(metadata[key] for key in ("config", "merges", "about")))
+    save_file(tensors, path, metadata=metadata | {"checksum": right})
 
 
 @pytest.mark.parametrize("damage, message", (
