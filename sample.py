@@ -27,14 +27,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+from convert_sd_weights import merge_lora
 from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
                        rescale_guidance)
 from model import PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, read_weights
 from schedule import PLANNERS, STAGES, show, stats, verify
 
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
-# what a preset uses where the command line is silent: DDIM steps, guidance, noise of frames the model made
-DEFAULTS = {"tiny": (3, 1.0, "none"), "sd15": (30, 7.5, "nsr=0.33")}
+# what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
+# guidance, noise of frames the model made
+DEFAULTS = {"tiny": (10, 3, 1.0, "none"), "sd15": (30, 30, 7.5, "nsr=0.33")}
 
 
 def parse(argv):
@@ -54,7 +56,10 @@ def parse(argv):
     # how
     p.add_argument("--schedule", default="ladder", choices=list(PLANNERS),
                    help="which frames are made from which")
-    p.add_argument("--steps", type=int, help="DDIM steps per window; default 3 for tiny, 30 for sd15")
+    p.add_argument("--steps", type=int, help="DDIM steps of a window that starts a video or goes on; default "
+                   "10 for tiny, 30 for sd15; a first frame from nothing takes at least 20")
+    p.add_argument("--fill_steps", type=int, help="of a window that fills between known frames, where less "
+                   "is open; default 3 for tiny, 30 for sd15")
     p.add_argument("--guidance_scale", type=float,
                    help="1 is off and twice as fast; default 1 for tiny, 7.5 for sd15")
     p.add_argument("--guidance_rescale", type=float, default=0.0,
@@ -69,6 +74,8 @@ def parse(argv):
     p.add_argument("--temporal", nargs="+", default=[], metavar="FILE",
                    help="temporal layers of training runs: each file makes the windows of its stage (video: "
                    "all), --weights the others")
+    p.add_argument("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA files for Stable "
+                   "Diffusion 1.x in kohya's layout, each at full strength or times SCALE")
     p.add_argument("--batch_size", type=int, default=8,
                    help="windows that go through the UNet together; less needs less memory")
     p.add_argument("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together")
@@ -79,9 +86,11 @@ def parse(argv):
     p.add_argument("--plan", action="store_true", help="print the plan and stop")
     p.add_argument("--evaluate", nargs="*", choices=list(PLANNERS), metavar="SCHEDULE",
                    help="compare schedules, default all, with the truth on test worlds")
-    p.add_argument("--worlds", type=int, default=64, help="how many test worlds --evaluate uses")
+    p.add_argument("--worlds", type=int, default=64, help="how many worlds --evaluate uses")
+    p.add_argument("--split", default="test", choices=("val", "test"),
+                   help="which worlds: choose settings on val, report on test")
     args = p.parse_args(argv)
-    for name, value in zip(("steps", "guidance_scale", "aug"), DEFAULTS[args.preset]):
+    for name, value in zip(("steps", "fill_steps", "guidance_scale", "aug"), DEFAULTS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.weights is None:
@@ -89,7 +98,8 @@ def parse(argv):
             raise ValueError(f"preset {args.preset} needs --weights FILE, written by convert_sd_weights.py "
                              "from a Stable Diffusion 1.x checkpoint; without weights use --preset tiny")
         args.weights = TINY_WEIGHTS
-    ddim_timesteps(args.steps)  # says so if there cannot be so many
+    for steps in (args.steps, args.fill_steps):
+        ddim_timesteps(steps)   # says so if there cannot be so many
     if args.frames < 1:
         raise ValueError(f"--frames is {args.frames}: a video has at least 1 frame, try --frames 121")
     return args
@@ -117,8 +127,8 @@ class Sampler:
         """Text embeddings of the prompts, and of the negative prompt as often."""
         return self.model.context(prompts), self.model.context([self.args.negative_prompt] * len(prompts))
 
-    def denoise(self, x, t_given, new, contexts, frames=None):
-        """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, finished."""
+    def denoise(self, x, t_given, new, contexts, steps, frames=None):
+        """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, after `steps` steps."""
         positive, negative = contexts
         scale = self.args.guidance_scale
 
@@ -131,7 +141,6 @@ class Sampler:
             cond, uncond = self.model.unet(*twice[:2], both, *twice[2:]).chunk(2)
             return rescale_guidance(guide(cond, uncond, scale), cond, self.args.guidance_rescale)
 
-        steps = self.args.steps if x.shape[2] > 1 else max(self.args.steps, FIRST_FRAME_STEPS)
         levels = ddim_timesteps(steps, self.spacing) + [self.last]
         return ddim_sample(self.schedule, say, x, t_given, new, levels)
 
@@ -140,10 +149,11 @@ class Sampler:
         size = self.model.config.size // self.model.config.vae_factor
         noise = torch.stack([frame_noise(seed, 0, (4, 1, size, size)) for seed in seeds]).to(self.device)
         new = torch.ones(len(seeds), 1, dtype=torch.bool, device=self.device)
-        return self.denoise(noise, torch.zeros_like(new).long(), new, self.contexts(prompts))
+        steps = max(self.args.steps, FIRST_FRAME_STEPS)
+        return self.denoise(noise, torch.zeros_like(new).long(), new, self.contexts(prompts), steps)
 
     def windows(self, jobs, latents, contexts, seeds, user):
-        """Make the new frames of jobs (video index, window) of equal length; puts them into `latents`."""
+        """Make the new frames of jobs (video index, window) of equal kind; puts them into `latents`."""
         index = torch.tensor([video for video, _ in jobs], device=self.device)
         frames = torch.tensor([w.frames for _, w in jobs], device=self.device)  # (b, f), like new and made
         new = torch.tensor([[frame in w.new for frame in w.frames] for _, w in jobs], device=self.device)
@@ -161,7 +171,8 @@ class Sampler:
             x_t = self.schedule.q_sample(x, t_given, noise("aug"))
             x = torch.where(noised[:, None, :, None, None], x_t, x)
         x = torch.where(new[:, None, :, None, None], noise("start"), x)
-        x = self.denoise(x, t_given, new, [context[index] for context in contexts], frames)
+        steps = self.args.fill_steps if jobs[0][1].stage == "interp" else self.args.steps
+        x = self.denoise(x, t_given, new, [context[index] for context in contexts], steps, frames)
         for row, (video, window) in enumerate(jobs):
             for place, frame in enumerate(window.frames):
                 if frame in window.new:
@@ -169,7 +180,7 @@ class Sampler:
 
     @torch.no_grad()
     def run(self, plan, latents, contexts, seeds, user=(0,), after_level=None, done=()):
-        """Run a plan for several videos at once, level by level, in batches of windows of equal length.
+        """Run a plan for several videos at once, level by level, in batches of equal stage and length.
 
         latents: (n, 4, frames, h, w) on the CPU with the `user` frames filled in; the rest is written in
         place. after_level(latents, frames made so far) is called when a level is complete. `done` frames are
@@ -263,10 +274,11 @@ def cloud_pixels(video, world):
     """Which pixels of the upper half show neither a balloon nor the sun or moon: bool (f, H/2, W)."""
     _, f, h, w = video.shape
     hidden = torch.stack([balloon_pixels(video, colour) for colour in world.colours]).any(0)
-    hidden = F.max_pool2d(hidden.float(), 7, stride=1, padding=3) > 0  # the trail and the basket too
+    hidden = F.pad(hidden.float(), (3, 3), mode="circular")            # the world is a cylinder
+    hidden = F.max_pool2d(hidden, 7, stride=1, padding=(3, 0)) > 0     # the trail and the basket too
     x, y = (torch.arange(w) + 0.5) / w, (torch.arange(h)[:, None] + 0.5) / h
     for lamp in torch.from_numpy(world.lamps(np.arange(f))).float()[..., None, None]:  # (f, 2, 1, 1)
-        hidden |= (x - lamp[:, 0]) ** 2 + (y - lamp[:, 1]) ** 2 < 0.15 ** 2  # with its glow
+        hidden |= data.sideways(x, lamp[:, 0]) ** 2 + (y - lamp[:, 1]) ** 2 < 0.15 ** 2  # with its glow
     return ~hidden[:, : h // 2]
 
 
@@ -413,10 +425,24 @@ def write_metrics(folder, video, truth=None):
 # Runs
 # ------------------------------------------------------------------------------------------------------------
 
+def lora_scale(item):
+    """FILE or FILE:SCALE -> the path and the scale, 1 if not given."""
+    path, _, scale = item.rpartition(":")
+    try:
+        return path, float(scale)
+    except ValueError:
+        return item, 1.0
+
+
 def prepare(args):
     """Device, model and sampler of a run, and one line about each."""
     device, why = choose_device(args.device)
     model = load_weights(args.weights, args.preset)
+    for item in args.lora:
+        path, scale = lora_scale(item)
+        layers, unknown = merge_lora(model, path, scale)
+        print(f"{path}: {layers} layers merged, times {scale:g}"
+              + (f"; no place for {len(unknown)} tensors: {', '.join(unknown)}" if unknown else ""))
     temporal = lambda: {name: p.clone() for name, p in model.unet.state_dict().items() if is_temporal(name)}
     layers = {stage: temporal() for stage in STAGES} if args.temporal else {}
     for path in args.temporal:
@@ -424,6 +450,12 @@ def prepare(args):
         fill(model, tensors, path, parts=("unet",), temporal="only")
         layers |= {stage: temporal() for stage in STAGES if about["stage"] in (stage, "video")}
         print(f"temporal layers of {path} make the windows of stage {about['stage']}")
+    hints = {stage: layers[stage]["temporal_hint.weight"] if layers else model.unet.temporal_hint.weight
+             for stage in STAGES}
+    fresh = [stage for stage, hint in hints.items() if not hint.any()]   # it starts at zero
+    if args.frames > 1 and fresh:
+        print(f"the temporal layers of stage {', '.join(fresh)} are untrained: every frame is a picture of "
+              "its own; train them and give their file as --temporal")
     sampler = Sampler(model, args, device, layers)
     print(f"device: {device} ({why})")
     print(f"noise of given frames the model made: {sampler.aug} ({args.context_noise})")
@@ -474,8 +506,8 @@ def resumed(args):
     with open(path) as file:
         old = json.load(file)
     for name, value in vars(args).items():
-        if name not in ("resume", "out", "batch_size", "decode_chunk", "device") and old[name] != value:
-            raise ValueError(f"the run in {args.out} was started with --{name} {old[name]}, now it is "
+        if name not in ("resume", "out", "batch_size", "decode_chunk", "device") and old.get(name) != value:
+            raise ValueError(f"the run in {args.out} was started with --{name} {old.get(name)}, now it is "
                              f"{value}: give the same arguments to resume it, or another --out folder")
     latents = os.path.join(args.out, "latents.safetensors")
     if not os.path.exists(latents):
@@ -531,14 +563,14 @@ def sample(args):
 
 @torch.no_grad()
 def evaluate(args):
-    """Schedules and baselines against the truth on test worlds never trained on, first frame given.
+    """Schedules and baselines against the truth on worlds never trained on, first frame given.
 
     Prints a table with medians and bootstrap intervals and writes it, a contact sheet and a plot to --out."""
     args.out = args.out or os.path.join("out", "evaluate")
     if os.path.exists(os.path.join(args.out, "table.md")):
         raise ValueError(f"{args.out} already holds a table: give another --out folder")
     model, sampler, device = prepare(args)
-    worlds = [data.SkyWorld(data.SPLITS["test"] + i, model.config.size) for i in range(args.worlds)]
+    worlds = [data.SkyWorld(data.SPLITS[args.split] + i, model.config.size) for i in range(args.worlds)]
     n, latent_of = args.frames, lambda video: model.vae.encode(video[None].to(device)).cpu()
     truths = [world.video(np.arange(n)) for world in worlds]
     decode = lambda latents: model.vae.decode(latents[None, :, :n].to(device), args.decode_chunk)[0].cpu()
@@ -582,9 +614,10 @@ def write_table(args, rows):
     for row, measured in rows.items():
         cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval([m[name] for m in measured])) for name in names]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    table = "\n".join([f"{args.worlds} test worlds, {args.frames} frames, {args.steps} steps, "
-                       f"--aug {args.aug} --context_noise {args.context_noise}: median [95 % interval]",
-                       "", *lines])
+    settings = (f"{args.worlds} {args.split} worlds, {args.frames} frames, {args.steps} and "
+                f"{args.fill_steps} steps, --aug {args.aug} --context_noise {args.context_noise}: "
+                "median [95 % interval]")
+    table = "\n".join([settings, "", *lines])
     print(table)
     os.makedirs(args.out, exist_ok=True)
     with open(os.path.join(args.out, "table.md"), "w") as file:

@@ -31,7 +31,8 @@ def restless_weights(small_weights, tmp_path_factory):
 def run(tmp_path, weights, *more, name="run", frames=20):
     """One short run of sample.py; returns its folder."""
     folder = tmp_path / name
-    sample.main(["--frames", str(frames), "--steps", "2", "--weights", weights, "--out", str(folder), *more])
+    sample.main(["--frames", str(frames), "--steps", "2", "--fill_steps", "2", "--weights", weights,
+                 "--out", str(folder), *more])
     return folder
 
 
@@ -139,6 +140,26 @@ def test_context_noise_modes(restless_weights, tmp_path, mode, noised, labelled)
             same = torch.equal(seen["x"][0, :, place], latents[0, :, frame])
             assert same == (frame == 0 or not noised)
             assert seen["t"][0, place] == (100 if labelled and frame != 0 else 0)
+
+
+def test_fills_take_a_number_of_steps_of_their_own(restless_weights):
+    """--steps for windows that start or go on, --fill_steps for those between known frames."""
+    args = sample.parse(["--weights", restless_weights, "--steps", "7", "--fill_steps", "2"])
+    sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"), {})
+    latents, asked = torch.zeros(1, 4, 121, 16, 16), {}
+    for window in ladder(121):
+        sampler.denoise = lambda x, t, new, contexts, steps, frames: asked.setdefault(window.stage, steps) * x
+        with torch.no_grad():
+            sampler.windows([(0, window)], latents, sampler.contexts(["dusk"]), [0], user=(0,))
+    assert asked == {"starter": 7, "extrap": 7, "interp": 2}
+
+
+def test_untrained_temporal_layers_are_mentioned(tmp_path, small_weights, restless_weights, capsys):
+    """A video of a fresh model is a row of unrelated pictures, and the run says why."""
+    run(tmp_path, restless_weights, name="trained", frames=2)
+    assert "untrained" not in capsys.readouterr().out
+    run(tmp_path, small_weights, name="fresh", frames=2)
+    assert "the temporal layers of stage starter, extrap, interp are untrained" in capsys.readouterr().out
 
 
 def test_each_stage_file_makes_the_windows_of_its_stage(tmp_path, small_weights, restless_weights):
