@@ -8,13 +8,14 @@ length, any stride and any size can be asked for, and the truth (wind, time of d
 exactly. That makes drift something one can measure instead of something one has to judge.
 
 Everything about a world can be read off its first frame and its caption: the sun or the moon shows the hour,
-the caption names the wind, which clouds and balloons follow, and their trails show it too.
+the caption names the wind that clouds and balloons follow, and the trails of the balloons show it too.
 The world is a cylinder: what leaves on the right comes back on the left, and nothing unforeseen ever enters.
 Length is measured in picture widths and speed in widths per frame, so a world looks the same at every size.
 """
 
 import argparse
 import os
+import zlib
 from functools import cached_property
 
 import numpy as np
@@ -107,7 +108,7 @@ class SkyWorld:
     """One procedural timelapse: sky, sun and moon, two ridges, clouds and one to three balloons on the wind.
 
     seed: any int >= 0. size: height and width of a frame in pixels, a multiple of 8.
-    `wind` is the signed cloud speed in widths per frame, `colours` names the balloons.
+    `wind` is the signed speed of clouds and balloons in widths per frame, `colours` names the balloons.
     """
 
     def __init__(self, seed, size=64):
@@ -263,8 +264,10 @@ class Clips:
 
     def __init__(self, path, encode, worlds, frames, size, key):
         self.worlds, self.frames, self.size = list(worlds), list(frames), size
+        looks = SkyWorld(self.worlds[0], size).video(np.array([self.frames[0], self.frames[-1]]))
         about = (f"{key} worlds {self.worlds[0]}+{len(self.worlds)} "
-                 f"frames {self.frames[0]}:{self.frames[-1]}:{len(self.frames)}")
+                 f"frames {self.frames[0]}:{self.frames[-1]}:{len(self.frames)} "
+                 f"looks {zlib.crc32(looks.numpy().tobytes()):08x}")   # of a changed world, latents are stale
         self.latents = self._read(path, about)
         if self.latents is None:
             moments = np.array(self.frames)

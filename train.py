@@ -237,7 +237,7 @@ def training_loss(model, schedule, batch, seed, args, device):
     Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
     its error, a hundred times smaller, is what flickers. So in the video stages every example counts relative
     to its own loss: the gradient is that of log(loss + 0.01), as if one measured in decibels. The guess
-    learns from its own error besides, which unlike the answer's is the same at every noise level."""
+    learns from its own error besides, in the same way but with a smaller floor: that is an error of x0."""
     generator = torch.Generator().manual_seed(seed)
     batch = to_device(batch, device)
     if args.stage == "vae":
@@ -290,17 +290,23 @@ def update_ema(ema, parameters, decay, step):
         ema[name].lerp_(parameter, 1 - decay)
 
 
+@torch.no_grad()
+def swap(ema, parameters):
+    """Exchange averaged and current weights, one tensor at a time."""
+    for name, parameter in parameters.items():
+        kept = parameter.clone()
+        parameter.copy_(ema[name])
+        ema[name].copy_(kept)
+
+
 @contextmanager
 def averaged(ema, parameters):
     """Inside this, the network has the averaged weights: validation, samples and results are theirs."""
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(ema[name])
-    yield
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(kept[name])
+    swap(ema, parameters)
+    try:
+        yield
+    finally:
+        swap(ema, parameters)
 
 
 def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args):
@@ -330,6 +336,10 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
             raise ValueError(f"{path} was trained with --{name} {state['args'][name]}, now it is "
                              f"{getattr(args, name)}: give the old value to go on exactly, or start anew in "
                              "another --out folder")
+    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes(state["model"]) != shapes(parameters):
+        raise ValueError(f"{path} holds other layers than model.py now has: start anew in another --out "
+                         "folder")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["model"][name])
@@ -518,7 +528,7 @@ def main(argv=None):
     started, val = time.time(), float("nan")
 
     while True:
-        # once in a while: validate, show and save, all from the averaged weights
+        # once in a while: validate and show the averaged weights, save everything
         last = step == args.max_steps
         row = {"step": step}
         if step % args.val_every == 0 or last:

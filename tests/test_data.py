@@ -68,7 +68,7 @@ def test_balloons_follow_the_wind_and_keep_apart():
 
 
 def test_the_world_is_a_cylinder():
-    """Frames are as smooth across the edge as anywhere: the step from the last column to the first is an ordinary step."""
+    """The step from the last column back to the first is an ordinary step: no seam."""
     video = SkyWorld(3).video(np.arange(0, 400, 10))
     across = (video[..., 0] - video[..., -1]).abs().mean()
     inside = video.diff(dim=3).abs().mean(dim=(0, 1, 2))
