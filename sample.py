@@ -36,7 +36,7 @@ from schedule import PLANNERS, STAGES, show, stats, verify
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
 # guidance, noise of frames the model made
-DEFAULTS = {"tiny": (10, 3, 1.0, "none"), "sd15": (30, 30, 7.5, "nsr=0.33")}
+DEFAULTS = {"tiny": (10, 1, 1.0, "none"), "sd15": (30, 30, 7.5, "nsr=0.33")}
 
 
 def parse(argv):
@@ -59,7 +59,7 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="DDIM steps of a window that starts a video or goes on; default "
                    "10 for tiny, 30 for sd15; a first frame from nothing takes at least 20")
     p.add_argument("--fill_steps", type=int, help="of a window that fills between known frames, where less "
-                   "is open; default 3 for tiny, 30 for sd15")
+                   "is open; default 1 for tiny, 30 for sd15")
     p.add_argument("--guidance_scale", type=float,
                    help="1 is off and twice as fast; default 1 for tiny, 7.5 for sd15")
     p.add_argument("--guidance_rescale", type=float, default=0.0,

@@ -236,7 +236,7 @@ def training_loss(model, schedule, batch, seed, args, device):
 
     Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
     its error, a hundred times smaller, is what flickers. So in the video stages every example counts relative
-    to its own loss: the gradient is that of log(loss + 0.01), as if one measured in decibels. The guess
+    to its own loss: the gradient is that of log(loss + 0.0005), as if one measured in decibels. The guess
     learns from its own error besides, in the same way but with a smaller floor: that is an error of x0."""
     generator = torch.Generator().manual_seed(seed)
     batch = to_device(batch, device)
@@ -249,7 +249,7 @@ def training_loss(model, schedule, batch, seed, args, device):
         loss, guess_loss = diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions)
     descend = loss
     if args.stage in VIDEO_STAGES:
-        descend = loss / (loss.detach() + 0.01) + guess_loss / (guess_loss.detach() + 0.0005)
+        descend = loss / (loss.detach() + 0.0005) + guess_loss / (guess_loss.detach() + 0.00002)
     return descend.mean(), loss.mean()
 
 
