@@ -157,7 +157,7 @@ def test_fills_take_a_number_of_steps_of_their_own(restless_weights):
 def test_untrained_temporal_layers_are_mentioned(tmp_path, small_weights, restless_weights, capsys):
     """A video of a fresh model is a row of unrelated pictures, and the run says why."""
     run(tmp_path, restless_weights, name="trained", frames=2)
-    assert "untrained" not in capsys.readouterr().out
+    assert "are untrained" not in capsys.readouterr().out
     run(tmp_path, small_weights, name="fresh", frames=2)
     assert "the temporal layers of stage starter, extrap, interp are untrained" in capsys.readouterr().out
 
