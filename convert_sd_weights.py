@@ -351,20 +351,22 @@ def write(path, placed, config, merges, dtype, **about):
 
 def self_check(path):
     """Print parameter counts and noise schedule of our file. Raises ValueError when something is wrong."""
-    for part, expected in PARAMETERS.items():
-        count, broken = 0, []
-        with safe_open(path, framework="pt") as file:       # one tensor at a time: the file fills memory once
-            merges = file.metadata()["merges"].count("\n") + 1
+    with safe_open(path, framework="pt") as file:
+        merges = file.metadata()["merges"].count("\n") + 1
+        for part, expected in PARAMETERS.items():
+            count, broken = 0, []
             for key in (key for key in file.keys() if key.startswith(PREFIXES[part])):
-                tensor = file.get_tensor(key)
+                tensor = file.get_tensor(key)               # one at a time: the file fills memory once
                 count += tensor.numel()
                 broken += [] if tensor.isfinite().all() else [key]
-        if broken:
-            raise ValueError(f"{len(broken)} tensors have numbers that are not finite: {', '.join(broken)}; "
-                             f"try --dtype bfloat16, and if that does not help another checkpoint")
-        if count != expected:
-            raise ValueError(f"{part} has {count:,} parameters, not {expected:,}: give an SD1.x checkpoint")
-        print(f"{part:4} {count:>11,} parameters, all finite: OK")
+            if broken:
+                raise ValueError(f"{len(broken)} tensors have numbers that are not finite: "
+                                 f"{', '.join(broken)}; try --dtype bfloat16, and if that does not help "
+                                 "another checkpoint")
+            if count != expected:
+                raise ValueError(f"{part} has {count:,} parameters, not {expected:,}: "
+                                 "give an SD1.x checkpoint")
+            print(f"{part:4} {count:>11,} parameters, all finite: OK")
     alpha_bar = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
     first, last = alpha_bar[0].item(), alpha_bar[-1].item()
     assert abs(first - ALPHA_BAR[0]) < 1e-5 > abs(last - ALPHA_BAR[1]), f"alpha_bar {first} ... {last}"

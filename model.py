@@ -520,11 +520,11 @@ class UNet(nn.Module):
         hidden = self.run(0, self.middle_block, hidden, emb, context, window)
         for i, stage in enumerate(self.output_blocks):
             hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
-        out = rearrange(self.out(hidden), "(b f) c h w -> b c f h w", b=b)
+        video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
+        out = video(self.out(hidden))
         if window is not None:
             of_frames = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None]     # (b f, 8, 1, 1)
             trust, frame_doubt = of_frames.chunk(2, dim=1)
-            video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
             e = (doubt + frame_doubt).clamp(-5, 1).exp()
             out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
         if with_guess:

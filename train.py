@@ -350,6 +350,18 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
     return state["step"]
 
 
+def start_or_resume(path, parameters, ema, optimizer, scaler, args):
+    """Go on from a checkpoint if asked to, `path` for --resume auto. Writes args.json, returns the step."""
+    step = 0
+    if args.resume:
+        path = path if args.resume == "auto" else args.resume
+        step = load_checkpoint(path, parameters, ema, optimizer, scaler, args)
+        print(f"resumed {path} at step {step}")
+    with open(os.path.join(args.out, "args.json"), "w") as file:
+        json.dump(vars(args), file, indent=1)
+    return step
+
+
 COLUMNS = ["step", "loss", "val_loss", "val_q1", "val_q2", "val_q3", "val_q4", "grad_norm", "learning_rate",
            "seconds", "memory"]
 
@@ -513,13 +525,7 @@ def main(argv=None):
     optimizer, scaler = prepare_optimizer(trainable, args, device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     checkpoint_path = os.path.join(args.out, "ckpt.pt")
-    step = 0
-    if args.resume:
-        path = checkpoint_path if args.resume == "auto" else args.resume
-        step = load_checkpoint(path, trainable, ema, optimizer, scaler, args)
-        print(f"resumed {path} at step {step}")
-    with open(os.path.join(args.out, "args.json"), "w") as file:
-        json.dump(vars(args), file, indent=1)
+    step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args)
     log_file, log = start_log(os.path.join(args.out, "log.csv"), step)
     model.unet.train()
     model.unet.checkpoint_every = args.gradient_checkpointing
