@@ -120,7 +120,7 @@ def attention(q, k, v, mask=None):
 class Around(NamedTuple):
     """What temporal layers know about their window. Gaps and distances are in frames of the video.
 
-    The last three are about the nearest given frames of each frame, at or before it and at or after it."""
+    The last four are about the nearest given frames of each frame, at or before it and at or after it."""
 
     b: int
     f: int
@@ -130,6 +130,7 @@ class Around(NamedTuple):
     hint: torch.Tensor       # (b f, 9, h, w) latents before, latents after, and whether the frame is given
     since: torch.Tensor      # (b f, 2) frames since the one before (>= 0) and since the one after (<= 0)
     share: torch.Tensor      # (b f, 2) what each would have in a linear blend; 0 where there is none
+    blend: torch.Tensor      # (b f, 4, h, w) cubic through two given frames on either side, else the nearest
 
 
 def distance_embedding(distance):
@@ -359,15 +360,29 @@ class FrameEmbedding(nn.Module):
 
 
 def nearest_given(given):
-    """For every frame of a window the index of the nearest given frame at or before it, and at or after it.
+    """For every frame of a window the indices (b, f, 4) of the given frames that are nearest to it.
 
-    given: (b, f) bool. Returns two (b, f) int tensors, -1 where there is none. A given frame is its own
-    nearest on both sides."""
+    given: (b, f) bool. They are the nearest at or before it, the nearest at or after it, and on either side
+    the next one beyond; -1 where there is none. A given frame is its own nearest on both sides."""
     f = given.shape[1]
     index = torch.arange(f, device=given.device).expand_as(given)
     before = torch.where(given, index, -1).cummax(1).values
     after = torch.where(given, index, f).flip(1).cummin(1).values.flip(1)
-    return before, torch.where(after == f, -1, after)
+    earlier = F.pad(before, (1, 0), value=-1).gather(1, before.clamp(min=0))
+    later = F.pad(after, (0, 1), value=f).gather(1, (after + 1).clamp(max=f))
+    nearest = torch.stack([before, after, earlier, later], dim=-1)
+    return torch.where(nearest == f, -1, nearest)
+
+
+def blend_weights(frames, nodes, known):
+    """Weights (b, f, k) of the polynomial through k known frames `nodes` (b, f, k) at `frames` (b, f).
+
+    They are Lagrange's: two nodes make a straight blend, four a cubic. Those not known have weight 0."""
+    itself = torch.eye(nodes.shape[-1], dtype=torch.bool, device=nodes.device)
+    others = known[..., :, None] & known[..., None, :] & ~itself                         # (b, f, k, k)
+    above = (frames[..., None] - nodes)[..., None, :]                                    # (b, f, 1, k)
+    below = nodes[..., :, None] - nodes[..., None, :]                                    # (b, f, k, k)
+    return torch.where(others, above / torch.where(others, below, 1), 1).prod(-1) * known
 
 
 class MotionGuess(nn.Module):
@@ -377,8 +392,12 @@ class MotionGuess(nn.Module):
     that is how far away it was then: speed is learned from short gaps and holds for long ones. The guess is
     a mean over the places around there in both given frames, weighted by how near they lie, in space and in
     time, and as the network sees fit (adaptive convolution, Niklaus et al. 1703.07514), in another light,
-    which is one affine map of the channels for the whole frame, plus a correction. It comes with a doubt, the
-    logarithm of its expected error.
+    which is one affine map of the channels for the whole frame, plus a correction.
+
+    Between close frames hardly anything moves by a whole latent, and nothing beats the cubic through two
+    given frames on either side, which bends smoothly where straight blends meet in a kink. So the guess is a
+    mixture of that and of what moved, as the network says per latent. With it comes a doubt, the logarithm
+    of its expected error.
 
     Temporal layers see one pixel at a time and the image model's convolutions are frozen: without this
     nothing that is trained could move a thing farther than one 3x3 conv reaches.
@@ -389,13 +408,13 @@ class MotionGuess(nn.Module):
     def __init__(self, emb_dim, width=48, reach=(2, 6)):
         super().__init__()
         self.reach, self.size = reach, tuple(2 * r + 1 for r in reach)
-        self.conv_in = nn.Conv2d(2 * 4 + 1 + 2, width, 3, padding=1)     # the hint, and where in the frame
+        self.conv_in = nn.Conv2d(9 + 4 + 2, width, 3, padding=1)         # hint, blend, where in the frame
         self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (2, 4)])
         self.emb = nn.Linear(emb_dim, 2 * 3 * width)      # a gain and a shift for each of the three convs
         self.to_speed = zero(nn.Conv2d(width, 2, 3, padding=1))
         self.to_taps = zero(nn.Conv2d(width, 2 * self.size[0] * self.size[1], 3, padding=1))
-        self.to_light = zero(nn.Linear(width + emb_dim, 4 * 4 + 4))
-        self.to_rest = zero(nn.Conv2d(width, 2 * 4, 3, padding=1))
+        self.to_light = zero(nn.Linear(width + emb_dim, 4 * 4 + 4 + 4))
+        self.to_rest = zero(nn.Conv2d(width, 3 * 4, 3, padding=1))
         self.sharpness = nn.Parameter(torch.tensor(5.0))
         down, across = (torch.arange(-r, r + 1.0) for r in reach)
         self.register_buffer("offsets", torch.cartesian_prod(down, across), persistent=False)   # (taps, 2)
@@ -406,7 +425,8 @@ class MotionGuess(nn.Module):
         gains, shifts = rearrange(self.emb(window.emb), "b f (two k c) -> two k (b f) c 1 1", two=2, k=3)
         axes = (torch.linspace(-1, 1, size, device=gains.device) for size in (h, w))
         places = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(gains.dtype).expand(n, 2, h, w)
-        x = F.silu(self.conv_in(torch.cat([window.hint, places], dim=1)) * (1 + gains[0]) + shifts[0])
+        seen = torch.cat([window.hint, window.blend, places], dim=1)
+        x = F.silu(self.conv_in(seen) * (1 + gains[0]) + shifts[0])
         for conv, gain, shift in zip(self.convs, gains[1:], shifts[1:]):
             x = x + F.silu(conv(x) * (1 + gain) + shift)
 
@@ -428,10 +448,11 @@ class MotionGuess(nn.Module):
         moved = (around * weights[:, None]).sum(2)                                         # (n, 4, h, w)
 
         whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)
-        gain, shift = self.to_light(whole).split((16, 4), dim=1)
+        gain, shift, of_frame = self.to_light(whole).split((16, 4, 4), dim=1)
         lit = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]
-        correction, doubt = self.to_rest(x).chunk(2, dim=1)
-        return lit + correction, doubt
+        correction, mixture, doubt = self.to_rest(x).chunk(3, dim=1)
+        mixture = (mixture + of_frame[..., None, None]).sigmoid()
+        return window.blend + mixture * (lit + correction - window.blend), doubt
 
 
 class UNet(nn.Module):
@@ -525,7 +546,8 @@ class UNet(nn.Module):
         if window is not None:
             of_frames = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None]     # (b f, 8, 1, 1)
             trust, frame_doubt = of_frames.chunk(2, dim=1)
-            e = (doubt + frame_doubt).clamp(-5, 1).exp()
+            trust = trust.tanh()    # full trust is easily said exactly: what differs per frame flickers
+            e = (doubt + frame_doubt).clamp(-6, 1).exp()
             out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
         if with_guess:
             return out, video(guess)
@@ -536,22 +558,26 @@ class UNet(nn.Module):
         b, c, f, h, w = x.shape
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
-        before, after = nearest_given(given)
-        emb = self.temporal_embed(t, frames, given, before, after, context)
+        nearest = nearest_given(given)                                                    # (b, f, 4)
+        emb = self.temporal_embed(t, frames, given, *nearest[..., :2].unbind(-1), context)
 
         spread = lambda values: values[:, None, :, None, None].to(x.dtype)                # (b, 1, f, 1, 1)
         at = lambda index: index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w)
-        latents = [x[:, :4].gather(2, at(index)) * spread(index >= 0) for index in (before, after)]
-        hint = torch.cat([*latents, spread(given).expand(b, 1, f, h, w)], dim=1)
+        near = [x[:, :4].gather(2, at(index)) * spread(index >= 0) for index in nearest.unbind(-1)]
+        hint = torch.cat([*near[:2], spread(given).expand(b, 1, f, h, w)], dim=1)
 
-        since = lambda index: torch.where(index >= 0, frames - frames.gather(1, index.clamp(min=0)), 0)
-        behind, ahead = since(before), -since(after)
-        share = behind / (behind + ahead).clamp(min=1)                                    # of the later frame
-        share = torch.where(after < 0, 0, torch.where(before < 0, 1, share))
-        pairs = lambda before, after: torch.stack([before, after], dim=-1).flatten(0, 1).to(x.dtype)
+        moments, known = frames.gather(1, nearest.clamp(min=0).flatten(1)).view(b, f, 4), nearest >= 0
+        since = torch.where(known[..., :2], frames[..., None] - moments[..., :2], 0)
+        known[..., 1] &= ~given                                # a given frame is one node, not two
+        known[..., 2:] &= known[..., :2].all(-1, keepdim=True)                # between frames, never beyond
+        share = blend_weights(frames, moments[..., :2], known[..., :2])
+        cubic = blend_weights(frames, moments, known)
+        blend = sum(latents * spread(weight) for latents, weight in zip(near, cubic.unbind(-1)))
+
+        images = lambda video: rearrange(video, "b c f h w -> (b f) c h w")
+        rows = lambda pairs: pairs.flatten(0, 1).to(x.dtype)
         return Around(b, f, frames.diff(dim=1).to(x.dtype), frames[:, :, None] - frames[:, None, :], emb,
-                      rearrange(hint, "b c f h w -> (b f) c h w"), pairs(behind, -ahead),
-                      pairs((1 - share) * (before >= 0), share))
+                      images(hint), rows(since), rows(share), images(blend))
 
     def run(self, i, stage, x, emb, context, window):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.

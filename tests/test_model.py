@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 from model import (PREFIXES, PRESETS, VAE, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet, Around,
-                   attention, is_temporal, load_weights, nearest_given, save_weights)
+                   attention, blend_weights, is_temporal, load_weights, nearest_given, save_weights)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SD15 = json.loads(gzip.decompress((FIXTURES / "sd15_keys.json.gz").read_bytes()))
@@ -141,7 +141,7 @@ def test_side_taps_fade_with_the_gap():
     torch.nn.init.dirac_(conv.weight)
     torch.nn.init.zeros_(conv.bias)
     x = torch.randn(3, 2, 4, 4)
-    window = Around(1, 3, torch.tensor([[1.0, 4.0]]), *[None] * 5)
+    window = Around(1, 3, torch.tensor([[1.0, 4.0]]), *[None] * 6)
     conv.temporal.weight[:2, :, 0, 0] = torch.eye(2)
     assert largest(conv(x, window), torch.stack([x[0], x[1] + x[0], x[2] + x[1] / 2])) <= 1e-6
     conv.temporal.weight[:2] = 0
@@ -152,14 +152,29 @@ def test_side_taps_fade_with_the_gap():
 def test_nearest_given_frames_by_hand():
     """At or before, at or after, -1 where there is none."""
     given = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
-    before, after = nearest_given(given)
+    before, after, earlier, later = nearest_given(given).unbind(-1)
     assert before.tolist() == [[-1, 1, 1, 1, 4, 4], [-1] * 6, [0, 1, 2, 3, 4, 5]]
     assert after.tolist() == [[1, 1, 4, 4, 4, -1], [-1] * 6, [0, 1, 2, 3, 4, 5]]
+    assert earlier.tolist() == [[-1, -1, -1, -1, 1, 1], [-1] * 6, [-1, 0, 1, 2, 3, 4]]
+    assert later.tolist() == [[4, 4, -1, -1, -1, -1], [-1] * 6, [1, 2, 3, 4, 5, -1]]
+
+
+def test_a_blend_of_k_frames_is_exact_for_polynomials_of_degree_k_minus_1():
+    """Straight lines through two given frames, cubics through four, less where fewer are known."""
+    generator = torch.Generator().manual_seed(0)
+    frames, nodes = torch.tensor([[13, 21, 4]]), torch.tensor([[[12, 16, 8, 20]] * 3])
+    for known in ([1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0]):
+        known = torch.tensor(known).bool().expand(1, 3, 4)
+        weights = blend_weights(frames, nodes, known)
+        coefficients = torch.randn(known[0, 0].sum(), generator=generator)
+        value = lambda at: sum(c * (at / 10) ** power for power, c in enumerate(coefficients))
+        assert not weights[~known].any()
+        assert torch.allclose((weights * value(nodes)).sum(-1), value(frames), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_every_frame_is_shown_its_nearest_given_frames():
-    """As 9 channels: latents before, latents after, given or not; with their distances and shares."""
+    """As 9 channels: latents before, latents after, given or not; with their distances, shares and blend."""
     unet, (x, t, context) = small_unet(), window_inputs(b=1)
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
     window = unet.look_around(x, t, context, torch.tensor([[0, 2, 3, 6, 7]]), given)
@@ -168,6 +183,14 @@ def test_every_frame_is_shown_its_nearest_given_frames():
         assert torch.equal(window.hint[i], torch.cat([*shown, given[0, i].expand(1, 8, 8).float()]))
     assert window.since.tolist() == [[0, -2], [0, 0], [1, -3], [0, 0], [1, 0]]
     assert torch.allclose(window.share, torch.tensor([[0, 1], [1, 0], [3 / 4, 1 / 4], [1, 0], [1, 0]]))
+    blends = [x[0, :, 1], x[0, :, 1], 3 / 4 * x[0, :, 1] + 1 / 4 * x[0, :, 3], x[0, :, 3], x[0, :, 3]]
+    assert largest(window.blend, torch.stack(blends)) <= 1e-6
+    window = unet.look_around(x, t, context, torch.tensor([[0, 4, 5, 8, 12]]),
+                              torch.tensor([[1, 1, 0, 1, 1]]).bool())
+    four = x[0, :, [0, 1, 3, 4]]
+    assert torch.equal(window.blend[[0, 1, 3, 4]], four.transpose(0, 1))
+    cubic = torch.einsum("ckhw, k -> chw", four, torch.tensor([-7, 105, 35, -5]) / 128)     # by hand
+    assert largest(window.blend[2], cubic) <= 1e-6
 
 
 @torch.no_grad()
@@ -175,7 +198,8 @@ def test_the_guess_is_the_given_frames_moved_by_speed_times_distance():
     """Sideways around the edge, down from the edge; a blend of both sides where there are two; and the
     answer of the whole network where it has learned to go by the guess."""
     unet, (x, t, context) = small_unet(), window_inputs(b=1)
-    unet.temporal_guess.sharpness.fill_(99)                   # only the place that the speed points at
+    unet.temporal_guess.sharpness.fill_(99)                   # only the place that the speed points at,
+    unet.temporal_guess.to_rest.bias[4:8] = 99                # and nothing of the blend
     unet.temporal_guess.to_speed.bias[:] = torch.tensor([0.5, -1.0]) / 0.05   # latents per frame: down, left
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
     window = unet.look_around(x, t, context, torch.tensor([[0, 2, 4, 6, 8]]), given)
@@ -185,7 +209,7 @@ def test_the_guess_is_the_given_frames_moved_by_speed_times_distance():
     two = (moved(1, 1, -2) + moved(3, -1, 2)) / 2
     wanted = torch.stack([moved(1, -1, 2), x[0, :, 1], two, x[0, :, 3], moved(3, 1, -2)])
     assert largest(guess, wanted) <= 1e-5
-    unet.temporal_trust.bias[:4] = 1                          # go by the guess,
+    unet.temporal_trust.bias[:4] = 9                          # go by the guess,
     unet.temporal_trust.bias[4:] = -9                         # with hardly a doubt
     answer = unet(x, torch.full((1, F), 999), context, torch.tensor([[0, 2, 4, 6, 8]]), given)
     assert largest(-answer[0].transpose(0, 1), wanted) <= 0.05             # v at pure noise is -x0
