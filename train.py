@@ -34,7 +34,7 @@ from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_tempora
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (6000, 6, 2e-3, 768),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (5000, 6, 2e-3, 768),
             "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
@@ -186,8 +186,8 @@ def random_levels(batch, generator, args):
     return t_new, torch.where(torch.rand(b, generator=generator) < 0.2, 0, t_aug)
 
 
-def diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions):
-    """Mean squared errors of the UNet's answer, and of its guess, per example (b,), on the frames it makes.
+def diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions):
+    """Errors of the UNet's answer, and of its guess at the clean frames: (b, c, f, h, w), 0 on given frames.
 
     Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave
     it. A single frame has no neighbours to guess from: None."""
@@ -197,14 +197,38 @@ def diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captio
     t = torch.where(user, 0, torch.where(given, t_aug[:, None], t_new[:, None]))  # (b, f)
     x_t = schedule.q_sample(x0, t, eps)
     x_t = torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t)        # level 0: really clean
-    context = model.context(captions)
+    context, new = model.context(captions), ~given[:, None, :, None, None]
     target = schedule.target(x0, t, eps)
-    on_new = lambda error: (error.float().square().mean(dim=(1, 3, 4)) * ~given).sum(1) / (~given).sum(1)
-    weight = min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else 1
     if args.stage not in VIDEO_STAGES:
-        return weight * on_new(model.unet(x_t, t, context, temporal=False) - target), None
+        return (model.unet(x_t, t, context, temporal=False).float() - target) * new, None
     output, guess = model.unet(x_t, t, context, batch["frames"], given, with_guess=True)
-    return weight * on_new(output - target), on_new(guess - x0)
+    return (output.float() - target) * new, (guess.float() - x0) * new
+
+
+def mean_square(error, given):
+    """Mean square per example (b,) of an error (b, c, f, h, w) on the frames that are made."""
+    return (error.square().mean(dim=(1, 3, 4)) * ~given).sum(1) / (~given).sum(1)
+
+
+def jitter(error, frames):
+    """Mean square per example (b,) of how an error bends from frame to frame, where frames (b, f) are even.
+
+    An error that stays is hardly seen, one that comes and goes flickers. The best possible answer is the same
+    with or without this term, the mean of all that may come, but what is far from it shows earlier."""
+    gaps = frames.diff(dim=1)
+    even = gaps[:, 1:] == gaps[:, :-1]
+    bent = error[:, :, 2:] - 2 * error[:, :, 1:-1] + error[:, :, :-2]
+    return (bent.square().mean(dim=(1, 3, 4)) * even).sum(1) / even.sum(1).clamp(min=1)
+
+
+def relative(error, batch, floor):
+    """A loss per example (b,) with the gradient of log(size + floor), size being mean square plus jitter.
+
+    Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
+    its error, a thousand times smaller, is what flickers. So every example counts relative to its own error,
+    as if one measured in decibels."""
+    size = mean_square(error, batch["given"]) + jitter(error, batch["frames"])
+    return size / (size.detach() + floor)
 
 
 def vae_loss(model, images, generator):
@@ -234,22 +258,21 @@ def to_device(batch, device):
 def training_loss(model, schedule, batch, seed, args, device):
     """What to descend on for one batch, and its loss, two scalars. Its noise is a function of `seed` alone.
 
-    Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
-    its error, a hundred times smaller, is what flickers. So in the video stages every example counts relative
-    to its own loss: the gradient is that of log(loss + 0.0005), as if one measured in decibels. The guess
-    learns from its own error besides, in the same way but with a smaller floor: that is an error of x0."""
+    Video stages go by relative errors, that of the guess beside that of the answer."""
     generator = torch.Generator().manual_seed(seed)
     batch = to_device(batch, device)
     if args.stage == "vae":
-        loss = vae_loss(model, batch["images"], generator)
-    else:
-        t_new, t_aug = (t.to(device) for t in random_levels(batch, generator, args))
-        dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
-        captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
-        loss, guess_loss = diffusion_loss(model, schedule, batch, t_new, t_aug, generator, args, captions)
+        loss = vae_loss(model, batch["images"], generator).mean()
+        return loss, loss
+    t_new, t_aug = (t.to(device) for t in random_levels(batch, generator, args))
+    dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
+    error, guess_error = diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions)
+    weight = min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else 1
+    loss = weight * mean_square(error, batch["given"])
     descend = loss
     if args.stage in VIDEO_STAGES:
-        descend = loss / (loss.detach() + 0.0005) + guess_loss / (guess_loss.detach() + 0.00002)
+        descend = weight * relative(error, batch, 1e-4) + relative(guess_error, batch, 2e-5)
     return descend.mean(), loss.mean()
 
 
@@ -272,7 +295,8 @@ def validation_loss(model, schedule, batches, args, device):
             t_new = torch.full((len(batch["latents"]),), level, device=device)
             t_aug = torch.full_like(t_new, min(20, args.aug_max))
             noise, captions = torch.Generator().manual_seed(i), batch["captions"]
-            losses.append(diffusion_loss(model, schedule, batch, t_new, t_aug, noise, args, captions)[0])
+            error, _ = diffusion_errors(model, schedule, batch, t_new, t_aug, noise, args, captions)
+            losses.append(mean_square(error, batch["given"]))
         by_level.append(torch.cat(losses).mean())
     by_level = torch.stack(by_level)
     return by_level.mean().item(), by_level.view(4, -1).mean(1).tolist()

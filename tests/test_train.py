@@ -136,12 +136,32 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, small_we
         noise = torch.Generator().manual_seed(0)  # one stream: the halves see the noise of the whole batch
         for part in parts:
             some = {key: value[part] for key, value in batch.items()}
-            loss, guess_loss = train.diffusion_loss(model, schedule, some, t_new[part], t_aug[part], noise,
-                                                    args, some["captions"])
-            ((loss + guess_loss).mean() / len(parts)).backward()
+            errors = train.diffusion_errors(model, schedule, some, t_new[part], t_aug[part], noise, args,
+                                            some["captions"])
+            loss = sum(train.relative(error, some, 1e-3).mean() for error in errors)
+            (loss / len(parts)).backward()
         grads.append([parameter.grad.clone() for parameter in trainable.values()])
     for one, other in zip(*grads):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_relative_loss_weighs_what_flickers_and_forgets_the_scale():
+    """An error that grows evenly with the frame costs its mean square, one that comes and goes more.
+
+    Frames that are given count for nothing, uneven gaps have no second difference, and ten times the error
+    has a tenth of the gradient."""
+    given = torch.tensor([[True, False, False, False, True]])
+    batch = {"given": given, "frames": torch.tensor([[0, 4, 8, 12, 16]])}
+    shape = lambda *rows: torch.tensor(rows).view(1, 1, 5, 1, 1).expand(1, 4, 5, 2, 2).requires_grad_()
+    assert train.mean_square(shape(0.0, 1, 2, 3, 0), given).item() == pytest.approx(14 / 3)
+    jitter = lambda error, frames: train.jitter(error, torch.tensor([frames])).item()
+    assert jitter(shape(0.0, 1, 2, 3, 4), [0, 4, 8, 12, 16]) == 0
+    assert jitter(shape(0.0, 1, -1, 1, 0), [0, 4, 8, 12, 16]) == pytest.approx((9 + 16 + 9) / 3)
+    assert jitter(shape(0.0, 1, -1, 1, 0), [0, 1, 5, 9, 10]) == pytest.approx(16)
+    assert jitter(shape(0.0, 1, -1, 1, 0), [0, 1, 3, 6, 10]) == 0
+    slopes = [torch.autograd.grad(train.relative(error, batch, 1e-9).sum(), error)[0].abs().max().item()
+              for error in (shape(0.0, 1, -1, 1, 0), shape(0.0, 10, -10, 10, 0))]
+    assert slopes[0] == pytest.approx(10 * slopes[1])
 
 
 def test_learning_rate_warms_up_and_comes_down_to_zero(tmp_path):
@@ -176,7 +196,7 @@ def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_w
     monkeypatch.setattr(model, "unet", unet)
     t_new, t_aug = torch.tensor([900, 800, 700]), torch.tensor([100, 50, 0])
     schedule = NoiseSchedule("v", True)
-    train.diffusion_loss(model, schedule, batch, t_new, t_aug, torch.Generator(), args, batch["captions"])
+    train.diffusion_errors(model, schedule, batch, t_new, t_aug, torch.Generator(), args, batch["captions"])
     for row in range(3):
         for place in range(batch["given"].shape[1]):
             given, user = batch["given"][row, place], batch["user"][row, place]
