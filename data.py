@@ -16,6 +16,9 @@ Length is measured in picture widths and speed in widths per frame, so a world l
 import argparse
 import os
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +27,8 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+import schedule
 
 DAY = 480                                      # frames from one midnight to the next, in every world
 WIND = {"slow": 0.12 / 64, "fast": 0.24 / 64}  # cloud speed, widths per frame
@@ -255,53 +260,36 @@ def picture_batch(split, seed, step, batch_size, size, per_world=4):
     return torch.cat(pictures, dim=1)[:, :batch_size].transpose(0, 1).contiguous()
 
 
+@dataclass
 class Clips:
-    """Latents of the same moments of many worlds, made once and kept on disk: all stages but `vae` use them.
+    """Clips that batches are drawn from, wherever their frames are kept.
 
-    path: the cache file. encode: video (1, 3, f, H, W) -> latents (1, 4, f, h, w). worlds: their seeds.
-    frames: which moments. key: says what the latents were made with; a cache with another key is made anew.
-    `latents` is (worlds, 4, f, h, w) float16."""
+    lengths[i] is how many frames clip i has, mirror[i] whether it may be shown mirrored, names[i] its name.
+    read(i, places (n,), mirrored) -> those frames of clip i, (c, n, h, w) float32.
+    caption(i, place) -> what clip i shows from a place on. context(i) -> its text embedding (77, d), or None
+    instead of a function where captions are embedded in training."""
 
-    def __init__(self, path, encode, worlds, frames, size, key):
-        self.worlds, self.frames, self.size = list(worlds), list(frames), size
-        looks = SkyWorld(self.worlds[0], size).video(np.array([self.frames[0], self.frames[-1]]))
-        about = (f"{key} worlds {self.worlds[0]}+{len(self.worlds)} "
-                 f"frames {self.frames[0]}:{self.frames[-1]}:{len(self.frames)} "
-                 f"looks {zlib.crc32(looks.numpy().tobytes()):08x}")   # of a changed world, latents are stale
-        self.latents = self._read(path, about)
-        if self.latents is None:
-            moments = np.array(self.frames)
-            self.latents = torch.cat([encode(SkyWorld(world, size).video(moments)[None]).half()
-                                      for world in tqdm(self.worlds, desc="encoding worlds", unit="world")])
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            save_file({"latents": self.latents}, f"{path}.tmp", metadata={"about": about})
-            os.replace(f"{path}.tmp", path)  # a crash leaves no half-written cache under this name
-
-    @staticmethod
-    def _read(path, about):
-        """The latents in a cache file, or None if there is none that was made like this."""
-        if not os.path.exists(path):
-            return None
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("latents") if file.metadata().get("about") == about else None
+    names: list
+    lengths: np.ndarray
+    mirror: list
+    read: Callable
+    caption: Callable
+    context: Callable | None = None
 
     def images(self, seed, step, batch_size):
         """Random single frames: latents (b, 4, h, w) and their captions."""
         rng = np.random.default_rng([seed, step])
-        picks = [(int(rng.integers(len(self.worlds))), int(rng.integers(len(self.frames))))
+        picks = [(int(rng.integers(len(self.names))), int(rng.integers(self.lengths[0])))
                  for _ in range(batch_size)]
-        captions = [SkyWorld(self.worlds[world], self.size).caption(self.frames[place])
-                    for world, place in picks]
-        return torch.stack([self.latents[world, :, place] for world, place in picks]).float(), captions
+        frames = [self.read(clip, torch.tensor([place]), False)[:, 0] for clip, place in picks]
+        return torch.stack(frames), [self.caption(clip, place) for clip, place in picks]
 
     def windows(self, shapes, seed, step, batch_size):
-        """Random windows of the shapes that the planners ask for, each at a random place of a random world.
+        """Random windows of the shapes that the planners ask for, each at a random place of a random clip.
 
         shapes: lists of `schedule.Window`; every list is drawn from equally often, so that the few windows
         that start a plan count as much as the many that fill it. The windows of a batch have one length, or
-        they would not stack. Returns a dict: latents (b, 4, f, h, w), frames (b, f), given and user (b, f)
-        bool (user: given, and not made by the model), captions. Frame 0 of a plan is the user's, wherever in
-        the clip the plan is laid."""
+        they would not stack. Returns what `stack` does. ValueError if a window fits in no clip."""
         rng = np.random.default_rng([seed, step])
         pick = lambda options: options[rng.integers(len(options))]
         rows, length = [], None
@@ -310,15 +298,95 @@ class Clips:
             if len(window.frames) != (length or len(window.frames)):
                 continue
             length = len(window.frames)
-            shift = int(rng.integers(-window.frames[0], len(self.frames) - window.frames[-1]))
-            world, frames = int(rng.integers(len(self.worlds))), torch.tensor(window.frames)
-            given = torch.tensor([frame not in window.new for frame in window.frames])
-            rows.append(dict(latents=self.latents[world][:, frames + shift].float(), frames=frames,
-                             given=given, user=given & ((frames == 0) | (window.level == 0)),
-                             caption=SkyWorld(self.worlds[world], self.size).caption(shift)))
-        batch = {key: torch.stack([row[key] for row in rows])
-                 for key in ("latents", "frames", "given", "user")}
+            room = self.lengths - (window.frames[-1] - window.frames[0])   # places where it can be laid
+            if room.max() < 1:
+                raise ValueError(f"a window over {window.frames[-1] - window.frames[0] + 1} frames fits in no "
+                                 f"clip, the longest has {self.lengths.max()}: ask for shorter --frames")
+            place, clip = int(rng.integers(room.max())), int(pick(np.flatnonzero(room > 0)))
+            place = place * int(room[clip]) // int(room.max())             # the same part of a shorter clip
+            mirrored = self.mirror[clip] and rng.random() < 0.5
+            rows.append(self.cut(window, clip, place, mirrored))
+        return self.stack(rows)
+
+    def cut(self, window, clip, place, mirrored=False):
+        """One window (a `schedule.Window`) of a clip, its first frame laid on `place`: a row for `stack`.
+
+        Frame 0 of a plan is the user's, wherever in the clip the plan is laid."""
+        frames = torch.tensor(window.frames)
+        given = torch.tensor([frame not in window.new for frame in window.frames])
+        row = dict(latents=self.read(clip, frames - frames[0] + place, mirrored), frames=frames, given=given,
+                   user=given & ((frames == 0) | (window.level == 0)),
+                   caption=self.caption(clip, place - window.frames[0]))
+        return row | ({"contexts": self.context(clip)} if self.context else {})
+
+    def stack(self, rows):
+        """Windows of one length as a batch, a dict: latents (b, c, f, h, w), frames (b, f), given and user
+        (b, f) bool (user: given, and not made by the model), captions, and contexts (b, 77, d) if known."""
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "caption"}
         return batch | {"captions": [row["caption"] for row in rows]}
+
+
+def sky_clips(path, encode, worlds, frames, size, key):
+    """Clips of the same moments of many sky worlds. Their latents are made once and kept on disk.
+
+    path: the cache file. encode: video (1, 3, f, H, W) -> latents (1, 4, f, h, w). worlds: their seeds.
+    frames: which moments, a range. key: says what the latents were made with; a cache with another key is
+    made anew. The latents are (worlds, 4, f, h, w) float16."""
+    worlds = list(worlds)
+    looks = SkyWorld(worlds[0], size).video(np.array([frames[0], frames[-1]]))
+    about = (f"{key} worlds {worlds[0]}+{len(worlds)} frames {frames[0]}:{frames[-1]}:{len(frames)} "
+             f"looks {zlib.crc32(looks.numpy().tobytes()):08x}")   # of a changed world, latents are stale
+    latents = _read_latents(path, about)
+    if latents is None:
+        moments = np.array(frames)
+        latents = torch.cat([encode(SkyWorld(world, size).video(moments)[None]).half()
+                             for world in tqdm(worlds, desc="encoding worlds", unit="world")])
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save_file({"latents": latents}, f"{path}.tmp", metadata={"about": about})
+        os.replace(f"{path}.tmp", path)  # a crash leaves no half-written cache under this name
+    return Clips(names=[f"world {world}" for world in worlds], lengths=np.full(len(worlds), len(frames)),
+                 mirror=[False] * len(worlds),                     # captions say which way the wind blows
+                 read=lambda i, places, mirrored: latents[i][:, places].float(),
+                 caption=lambda i, place: SkyWorld(worlds[i], size).caption(frames.start + place * frames.step))
+
+
+def _read_latents(path, about):
+    """The latents in a cache file, or None if there is none that was made like this."""
+    if not os.path.exists(path):
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("latents") if file.metadata().get("about") == about else None
+
+
+def prefetch(draw):
+    """A function (step) -> batch like `draw`, whose next batch is read while this one is being used.
+
+    One thread, one batch ahead. `draw` is a pure function of the step, so the order stays what it was."""
+    pool, ahead = ThreadPoolExecutor(1), {}
+
+    def batch(step):
+        wanted = ahead.pop(step, None) or pool.submit(draw, step)
+        ahead.clear()
+        ahead[step + 1] = pool.submit(draw, step + 1)
+        return wanted.result()
+
+    return batch
+
+
+def window_shapes(stage, n_frames):
+    """Lists of windows that a video stage trains on, one list per stage and source.
+
+    Each is drawn from equally often. The sources are both planners at the full length, and the ladder at a
+    half and a quarter of it: short videos are asked for too. A source may have no window of a stage (the
+    ladder needs none that extrapolates up to 97 frames)."""
+    schedule.training_windows(stage, n_frames)             # says so if there is nothing to train on at all
+    lists = []
+    shorter = tuple(n for n in (n_frames // 2, n_frames // 4) if n > 1)
+    for planner, lengths in (("ladder", n_frames), ("seed", n_frames), ("ladder", shorter)):
+        windows = schedule.training_windows("video", lengths, (planner,)) if lengths else []
+        lists += [[window for window in windows if window.stage == wanted] for wanted in schedule.STAGES
+                  if stage in (wanted, "video")]
+    return [windows for windows in lists if windows]
 
 
 # ------------------------------------------------------------------------------------------------------------

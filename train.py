@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import schedule as plans
 from diffusion import T, NoiseSchedule, ddim_sample, ddim_timesteps, min_snr_weight
 from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_temporal, load_weights, read_weights,
                    save_weights)
@@ -145,30 +144,14 @@ def prepare_data(args, model, split, device):
     name = f"{'image' if args.stage == 'image' else 'video'}_{split}_{few}.safetensors"
     cache = os.path.join(os.path.dirname(args.out) or ".", "cache", name)
     encode = torch.no_grad()(lambda video: model.vae.encode(video.to(device)).cpu())
-    clips = data.Clips(cache, encode, worlds, frames, model.config.size, key=fingerprint(model.vae))
+    clips = data.sky_clips(cache, encode, worlds, frames, model.config.size, key=fingerprint(model.vae))
     if args.stage == "image":
         def image_batch(step):
             latents, captions = clips.images(args.seed, step, args.batch_size)
             return {"latents": latents, "captions": captions}
         return image_batch
-    shapes = window_shapes(args.stage, args.frames)
+    shapes = data.window_shapes(args.stage, args.frames)
     return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
-
-
-def window_shapes(stage, n_frames):
-    """Lists of windows that a video stage trains on, one list per stage and source.
-
-    Each is drawn from equally often. The sources are both planners at the full length, and the ladder at a
-    half and a quarter of it: short videos are asked for too. A source may have no window of a stage (the
-    ladder needs none that extrapolates up to 97 frames)."""
-    plans.training_windows(stage, n_frames)                # says so if there is nothing to train on at all
-    lists = []
-    shorter = (n_frames // 2, n_frames // 4)
-    for planner, lengths in (("ladder", n_frames), ("seed", n_frames), ("ladder", shorter)):
-        windows = plans.training_windows("video", lengths, (planner,))
-        lists += [[window for window in windows if window.stage == wanted] for wanted in VIDEO_STAGES[:3]
-                  if stage in (wanted, "video")]
-    return [windows for windows in lists if windows]
 
 
 def fingerprint(network):
