@@ -14,7 +14,15 @@ Length is measured in picture widths and speed in widths per frame, so a world l
 """
 
 import argparse
+import csv
+import hashlib
+import io
+import json
 import os
+import re
+import shutil
+import subprocess
+import tempfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +32,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -267,7 +275,8 @@ class Clips:
     lengths[i] is how many frames clip i has, mirror[i] whether it may be shown mirrored, names[i] its name.
     read(i, places (n,), mirrored) -> those frames of clip i, (c, n, h, w) float32.
     caption(i, place) -> what clip i shows from a place on. context(i) -> its text embedding (77, d), or None
-    instead of a function where captions are embedded in training."""
+    instead of a function where captions are embedded in training. key: a hash of all that batches depend on,
+    where it is not in the command line."""
 
     names: list
     lengths: np.ndarray
@@ -275,6 +284,7 @@ class Clips:
     read: Callable
     caption: Callable
     context: Callable | None = None
+    key: str | None = None
 
     def images(self, seed, step, batch_size):
         """Random single frames: latents (b, 4, h, w) and their captions."""
@@ -457,6 +467,728 @@ def line_plot(path, curves, title, log=False):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Your own videos: any mix of files becomes a folder of clips, judged, checked, and kept as latents
+#
+#   OUT/settings.json               what the folder was prepared with
+#   OUT/clips/SOURCE/source.json    a video, GIF or folder of pictures; `refused` says why it could not be read
+#   OUT/clips/SOURCE/000/00001.png  the frames of its first clip; 000.txt its caption, yours to edit; 000.json
+#                                   where it comes from
+#   OUT/dropped.csv                 clips that are left out, and why, with a dropped_REASON.png for each reason
+#   OUT/cache/SOURCE/000.safetensors  its latents, made by --cache
+# ------------------------------------------------------------------------------------------------------------
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp",
+          ".ogv", ".gif")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+THUMB = 32          # clips are judged by pictures of this size
+MOMENTS = 5         # and compared at so many moments, in gray, at half that size
+SETTINGS = ("size", "fps", "skip_start", "skip_end", "format", "cut_change", "cut_ratio", "frozen",
+            "frozen_seconds")   # what the frames of a prepared folder depend on
+REASONS = {"corrupt": "sources refused", "cut": "cuts", "frozen": "frozen stretches",
+           "duplicate": "near duplicates", "short": "too short"}
+
+
+def write_whole(path, text):
+    """Write a text file that is complete or not there."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, value):
+    """The same for JSON, with sorted keys: equal values give equal files."""
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """A JSON file of ours. ValueError if it is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): prepare the folder again") from None
+
+
+def in_order(names):
+    """Names sorted as people count: 2.png before 10.png."""
+    return sorted(names, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part)
+                                           for part in re.split(r"(\d+)", name)])
+
+
+def read_text(path):
+    """A caption file as one line."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return " ".join(file.read().split())
+
+
+def read_metadata(root):
+    """metadata.csv of a folder (columns path and text): {path relative to the folder: caption}."""
+    path = os.path.join(root, "metadata.csv")
+    if not os.path.exists(path):
+        return {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not {"path", "text"} <= rows[0].keys():
+        raise ValueError(f"{path} has the columns {', '.join(rows[0])}, expected path and text: rename them")
+    outside = [row["path"] for row in rows if os.path.normpath(row["path"]).startswith(("..", os.sep))]
+    if outside:
+        raise ValueError(f"{path} names {outside[0]}, which lies outside {root}: give paths inside it")
+    return {os.path.normpath(row["path"]): " ".join((row["text"] or "").split()) for row in rows}
+
+
+def find_sources(root):
+    """What lies in a folder and below: ({name: caption} of all sources, names of files that are none).
+
+    A source is a video file, a GIF, or a folder that holds pictures and no videos; its name is its path. Its
+    caption: the text file of its name, else metadata.csv, else the name of the folder it is in, in words
+    (UCF101 has a folder for each class). What metadata.csv names is a source even if it is not there: then
+    it is refused later, by name."""
+    if not os.path.isdir(root):
+        raise ValueError(f"{root} is not a folder: give the folder that your videos are in")
+    table, sources, others = read_metadata(root), [], []
+    for folder, folders, files in os.walk(root):
+        relative = lambda name: os.path.normpath(os.path.relpath(os.path.join(folder, name), root))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [name for name in files if not name.startswith(".")]   # .DS_Store and the like
+        kind = lambda name, endings: name.lower().endswith(endings)
+        if not any(kind(name, VIDEOS) for name in files) and sum(kind(name, PICTURES) for name in files) > 1:
+            sources.append(relative(""))
+            continue
+        sources += [relative(name) for name in files if kind(name, VIDEOS)]
+        others += [relative(name) for name in files if not kind(name, (*VIDEOS, ".txt")) and name != "metadata.csv"]
+    captions = {}
+    for name in in_order({*sources, *table} - {"."}) or sources:
+        path = os.path.join(root, name)
+        beside = (path if os.path.isdir(path) else os.path.splitext(path)[0]) + ".txt"
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_\s]+", " ", os.path.basename(os.path.dirname(name))).lower()
+        captions[name] = read_text(beside) if os.path.exists(beside) else table.get(name, words.strip())
+    return captions, in_order(others)
+
+
+def run_tool(command):
+    """What a program prints, as bytes. ValueError with the first thing it complains about when it fails."""
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
+        raise ValueError(re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\] ", "", said.splitlines()[0]))   # no addresses
+    return done.stdout
+
+
+def open_video(path, args):
+    """How ffmpeg is to read a video file: (input options, filter, (width, height, aspect), frames expected).
+
+    Size and aspect of a pixel are those of the picture turned upright."""
+    if not os.path.isfile(path):
+        raise ValueError("metadata.csv names it, but there is no such file")
+    entries = "stream=width,height,sample_aspect_ratio,duration:stream_side_data=rotation:format=duration"
+    about = json.loads(run_tool(["ffprobe", "-v", "error", "-select_streams", "V:0", "-show_entries", entries,
+                                 "-of", "json", path]))
+    if not about.get("streams"):
+        raise ValueError("there is no video in it")
+    stream = about["streams"][0]
+    seconds = stream.get("duration") or about["format"].get("duration")
+    if seconds is None:
+        raise ValueError("it does not say how long it is: copy it with ffmpeg -i OLD -c copy NEW.mp4")
+    across, down = (int(n) for n in stream.get("sample_aspect_ratio", "1:1").split(":"))
+    size = (stream["width"], stream["height"], across / down if across and down else 1.0)
+    if any(side.get("rotation", 0) % 180 for side in stream.get("side_data_list", [])):
+        size = (size[1], size[0], 1 / size[2])
+    seconds = float(seconds) - args.skip_start - args.skip_end
+    part = ["-ss", f"{args.skip_start:g}", "-t", f"{seconds:.3f}"] if args.skip_start or args.skip_end else []
+    return [*part, "-i", path], f"fps={args.fps:g}", size, seconds * args.fps
+
+
+def open_pictures(path, args, listing):
+    """The same for a folder of pictures, each one frame, whose list is written to the file `listing`."""
+    names = in_order(name for name in os.listdir(path) if name.lower().endswith(PICTURES))
+    names = names[round(args.skip_start * args.fps):len(names) - round(args.skip_end * args.fps)]
+    sizes = {}
+    for name in names:
+        try:
+            with Image.open(os.path.join(path, name)) as image:
+                sizes[image.size] = name
+                image.verify()
+        except (OSError, SyntaxError) as error:   # Pillow says SyntaxError of a broken PNG
+            raise ValueError(f"{name} in it is not a picture that can be read ({error})") from None
+    if len(sizes) > 1:
+        (one, a), (other, b), *_ = sizes.items()
+        raise ValueError(f"its pictures differ in size: {a} has {one[0]}x{one[1]}, {b} {other[0]}x{other[1]}")
+    with open(listing, "w", encoding="utf-8") as file:
+        for name in names:
+            quoted = os.path.abspath(os.path.join(path, name)).replace("'", "'\\''")
+            file.write(f"file '{quoted}'\n")
+    size = (*next(iter(sizes), (0, 0)), 1.0)
+    return ["-f", "concat", "-safe", "0", "-i", listing], f"settb=1/{args.fps:g},setpts=N", size, len(names)
+
+
+def extract(path, folder, args):
+    """All frames of a source, written by one pass of ffmpeg, and small copies to judge them by.
+
+    Writes FOLDER/00001.png and so on: the middle square, resized, at args.fps; of a folder of pictures, every
+    one. Returns thumbs (n, 32, 32, 3) uint8 and the crop [width, height, left, top]. ValueError if the source
+    is damaged, or ends before it says it does."""
+    source, rate, (width, height, aspect), expected = (
+        open_pictures(path, args, os.path.join(folder, "list.txt")) if os.path.isdir(path)
+        else open_video(path, args))
+    if expected <= 0:
+        raise ValueError("nothing is left of it after --skip_start and --skip_end")
+    wide = int(min(width, height / aspect)) // 2 * 2       # even numbers: colours are stored for 2x2 pixels
+    high = int(min(height, width * aspect)) // 2 * 2
+    crop = [wide, high, (width - wide) // 4 * 2, (height - high) // 4 * 2]
+    chain = (f"[0:V:0]{rate},crop={':'.join(map(str, crop))},scale={args.size}:{args.size}:flags=lanczos,"
+             f"setsar=1,split[frames][more];[more]scale={THUMB}:{THUMB}:flags=area,format=rgb24[thumbs]")
+    ending = ["-pix_fmt", "rgb24"] if args.format == "png" else ["-pix_fmt", "yuvj444p", "-q:v", "2"]
+    thumbs = run_tool(["ffmpeg", "-v", "error", "-xerror", "-nostdin", "-threads", "1", *source,
+                       "-filter_complex", chain, "-map", "[frames]", "-fps_mode", "passthrough", *ending,
+                       os.path.join(folder, f"%05d.{args.format}"),
+                       "-map", "[thumbs]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"])
+    thumbs = np.frombuffer(thumbs, np.uint8).reshape(-1, THUMB, THUMB, 3)
+    if not len(thumbs):
+        raise ValueError(f"it is too short to have a frame at {args.fps:g} fps")
+    if len(thumbs) < 0.9 * expected - 1:
+        raise ValueError(f"it breaks off: {len(thumbs)} of about {expected:.0f} frames can be read")
+    return thumbs, crop
+
+
+def differences(a, b):
+    """Mean absolute difference of the pictures in two rows of them (n, H, W, 3) uint8: (n,)."""
+    return np.array([np.abs(x.astype(np.int16) - y).mean() for x, y in zip(a, b)])
+
+
+def find_shots(thumbs, args):
+    """Where a video is cut and where it stands still: [(first, stop, after a cut, frozen)], all of it.
+
+    The change between frames is the mean difference of the thumbs (n, 32, 32, 3), of 255. At a cut the three
+    frames before all differ from the three after, several times more than frames change in the 5 steps before
+    and after it, of which one may be another cut. So flashes, fast motion and frames shown several times are
+    no cuts. A frozen stretch changes less than args.frozen for args.frozen_seconds."""
+    frames = np.arange(len(thumbs))
+    differ = lambda before, after: differences(thumbs[np.maximum(frames - before, 0)],
+                                               thumbs[np.minimum(frames + after, len(thumbs) - 1)])
+    change = differ(1, 0)
+    across = np.minimum.reduce([differ(before, after) for before in (1, 2, 3) for after in (0, 1, 2)])
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(change, 5, "reflect"), 11)
+    usual = np.sort(np.delete(around, 5, axis=1))[:, -2]
+    cuts = np.flatnonzero((across > args.cut_change) & (across > args.cut_ratio * usual))
+    still = np.r_[False, change[1:] < args.frozen, False]
+    starts, stops = np.flatnonzero(~still[:-1] & still[1:]) + 1, np.flatnonzero(still[:-1] & ~still[1:]) + 1
+    long = stops - starts >= round(args.frozen_seconds * args.fps)
+    starts, stops = starts[long], stops[long]
+    edges = sorted({0, len(thumbs), *cuts.tolist(), *starts.tolist(), *stops.tolist()})
+    return [(a, b, a in cuts, a in starts) for a, b in zip(edges, edges[1:])]
+
+
+def signature(thumbs):
+    """What a clip looks like at 5 moments from its first frame to its last, (5, 16, 16) uint8, as text."""
+    moments = thumbs[np.linspace(0, len(thumbs) - 1, MOMENTS).round().astype(int)]
+    half = moments.reshape(MOMENTS, THUMB // 2, 2, THUMB // 2, 2, 3).mean((2, 4, 5))
+    return half.round().astype(np.uint8).tobytes().hex()
+
+
+def prepare_source(name, caption, args):
+    """All clips of one source, in a folder of its own that gets its name when it is complete, not before.
+
+    Returns its source.json: `refused` says why it has no clips, or is None."""
+    path, final = os.path.join(args.prepare, name), os.path.join(args.out, "clips", name)
+    about = {"source": name, "bytes": source_bytes(path), "caption": caption, "refused": None}
+    if os.path.exists(os.path.join(final, "source.json")):
+        before = read_json(os.path.join(final, "source.json"))
+        if before == about | {"refused": before["refused"]}:
+            return before
+        shutil.rmtree(final)                                   # the source has changed since
+    folder = tempfile.mkdtemp(dir=os.path.join(args.out, "unfinished"))   # a name of its own: the ffmpeg of a
+    frames = os.path.join(folder, "frames")                    # killed run may live on and write to the old one
+    os.mkdir(frames)
+    try:
+        thumbs, crop = extract(path, frames, args)
+        for i, shot in enumerate(find_shots(thumbs, args)):
+            write_clip(os.path.join(folder, f"{i:03d}"), frames, shot, thumbs, about, crop, args)
+    except ValueError as error:
+        about["refused"] = str(error).replace(path, name).replace(frames, "")
+    shutil.rmtree(frames)
+    write_json(os.path.join(folder, "source.json"), about)
+    os.chmod(folder, 0o755)                                    # mkdtemp lets only the owner in
+    os.makedirs(os.path.dirname(final), exist_ok=True)
+    os.rename(folder, final)
+    return about
+
+
+def source_bytes(path):
+    """Size of a file, or of all files in a folder: tells a source that has changed. 0 if it is not there."""
+    if os.path.isdir(path):
+        return sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def write_clip(folder, frames, shot, thumbs, source, crop, args):
+    """Move the frames of a shot to a folder of their own; its caption and where it comes from go beside it."""
+    first, stop, after_cut, frozen = shot
+    os.mkdir(folder)
+    for i in range(first, stop):
+        os.rename(os.path.join(frames, f"{i + 1:05d}.{args.format}"),
+                  os.path.join(folder, f"{i - first + 1:05d}.{args.format}"))
+    write_whole(f"{folder}.txt", source["caption"] + "\n")
+    write_json(f"{folder}.json", {
+        "source": source["source"], "start": round(args.skip_start + first / args.fps, 3),
+        "end": round(args.skip_start + stop / args.fps, 3), "crop": crop, "size": args.size, "fps": args.fps,
+        "frames": stop - first, "after_cut": after_cut, "frozen": frozen,
+        "signature": signature(thumbs[first:stop])})
+
+
+def prepare(args):
+    """A folder of videos (args.prepare) as a folder of clips (args.out). True if no source was refused.
+
+    Interrupt it whenever you like: sources that are done stay done, and the result is the same."""
+    for program in ("ffmpeg", "ffprobe"):
+        if not shutil.which(program):
+            raise ValueError(f"the program {program} was not found: install ffmpeg 5.1 or newer")
+    captions, others = find_sources(args.prepare)
+    if not captions:
+        raise ValueError(f"{args.prepare} holds no videos, GIFs or folders of pictures: videos end in "
+                         f"{' '.join(VIDEOS)}")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    path, unfinished = os.path.join(args.out, "settings.json"), os.path.join(args.out, "unfinished")
+    if os.path.exists(path) and read_json(path) != settings:
+        old = read_json(path)
+        raise ValueError(f"{args.out} was prepared with " + ", ".join(
+            f"--{name} {old.get(name)} (now {settings[name]})" for name in SETTINGS
+            if old.get(name) != settings[name]) + ": give the old values, or another --out folder")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished, exist_ok=True)
+    write_json(path, settings)
+    with ThreadPoolExecutor(args.workers) as pool:   # threads: the work is done by ffmpeg
+        work = pool.map(lambda item: prepare_source(*item, args), captions.items())
+        sources = list(tqdm(work, total=len(captions), desc="preparing", unit="source"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    clean(args.out, args.min_frames, args.alike)
+    if others:
+        print(f"left alone, not videos: {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}")
+    refused = [source for source in sources if source["refused"]]
+    for source in refused:
+        print(f"refused: {source['source']}: {source['refused']}")
+    if len(refused) == len(sources):
+        raise ValueError(f"all {len(sources)} sources were refused: see above")
+    return not refused
+
+
+def all_clips(folder):
+    """(clips, refused) of a prepared folder: {name: what NAME.json says}, {source: why}; sorted by name."""
+    clips, refused, root = {}, {}, os.path.join(folder, "clips")
+    if not os.path.isdir(root):
+        raise ValueError(f"{folder} is not a prepared folder: make one with "
+                         f"python data.py --prepare VIDEOS --out {folder}")
+    for place, _, files in os.walk(root):
+        for file in (file for file in files if file.endswith(".json")):
+            about, path = read_json(os.path.join(place, file)), os.path.join(place, file[:-5])
+            if file != "source.json":
+                clips[os.path.relpath(path, root).replace(os.sep, "/")] = about
+            elif about["refused"]:
+                refused[about["source"]] = about["refused"]
+    return dict(sorted(clips.items())), dict(sorted(refused.items()))
+
+
+def find_duplicates(clips, alike):
+    """{clip: (the earlier clip that it shows again, how alike they are)}, of {name: what its json says}.
+
+    Alike is the correlation of the edges in both at 5 moments: other sizes, qualities, light and colours keep
+    the edges. Clips of one source are not compared, for a pause in a still scene cuts it into likenesses."""
+    names = list(clips)
+    looks = np.float32([np.frombuffer(bytes.fromhex(clip["signature"]), np.uint8) for clip in clips.values()])
+    looks = looks.reshape(-1, MOMENTS, THUMB // 2, THUMB // 2)
+    edges = np.concatenate([np.diff(looks, axis=axis).reshape(len(looks), MOMENTS, -1) for axis in (2, 3)], 2)
+    edges /= np.maximum(np.linalg.norm(edges, axis=2, keepdims=True), 1e-3) * MOMENTS ** 0.5
+    edges, found = edges.reshape(len(names), -1), {}
+    for i, name in enumerate(names):
+        for j in np.flatnonzero(edges[:i] @ edges[i] > alike):
+            if names[j] not in found and clips[names[j]]["source"] != clips[name]["source"]:
+                found[name] = (names[j], float(edges[j] @ edges[i]))
+                break
+    return found
+
+
+def clean(folder, min_frames, alike):
+    """Decide which clips are left out of training: dropped.csv and a contact sheet for each reason.
+
+    Nothing is deleted: run it with other thresholds, or take lines out of dropped.csv, and they are back."""
+    clips, refused = all_clips(folder)
+    dropped = [(name, "corrupt", why) for name, why in refused.items()]
+    for name, clip in clips.items():
+        if clip["frozen"]:
+            dropped.append((name, "frozen", f"{clip['end'] - clip['start']:.1f} s without change"))
+        elif clip["frames"] < min_frames:
+            dropped.append((name, "short", f"{clip['frames']} of {min_frames} frames"))
+    out = {name for name, _, _ in dropped}
+    twins = find_duplicates({name: clip for name, clip in clips.items() if name not in out}, alike)
+    dropped += [(name, "duplicate", f"of {other}, {how:.2f} alike") for name, (other, how) in twins.items()]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("clip", "reason", "detail"), *dropped])
+    write_whole(os.path.join(folder, "dropped.csv"), text.getvalue())
+
+    half, eight = lambda name: moments_of(folder, name, clips, 4), lambda name: moments_of(folder, name, clips, 8)
+    blank = [np.full((96, 96, 3), 128, np.uint8)] * 8
+    rows = {"corrupt": [(blank, f"{name}: {why}") for name, why in refused.items()],
+            "cut": [(half(before) + half(name), f"{name} | after a cut") for before, name in
+                    zip(clips, list(clips)[1:]) if clips[name]["after_cut"]]}
+    for name, reason, detail in dropped[len(refused):]:
+        frames = half(name) + half(twins[name][0]) if reason == "duplicate" else eight(name)
+        rows.setdefault(reason, []).append((frames, f"{name}: {detail}"))
+    for reason in REASONS:
+        write_sheet(os.path.join(folder, f"dropped_{reason}.png"), rows.get(reason, []))
+    counts = ", ".join(f"{len(rows.get(reason, []))} {word}" for reason, word in REASONS.items())
+    print(f"{len(clips) - len(dropped) + len(refused)} clips in {folder}; {counts}")
+
+
+def moments_of(folder, name, clips, n):
+    """n frames of a clip, from its first to its last, small: uint8 arrays (96, 96, 3)."""
+    paths = frame_paths(folder, name)
+    small = lambda path: np.array(Image.open(path).convert("RGB").resize((96, 96)))
+    return [small(paths[i]) for i in np.linspace(0, len(paths) - 1, n).round().astype(int)]
+
+
+def write_sheet(path, rows, most=48):
+    """A contact sheet of (frames, label) rows, complete or not there; no rows, no file."""
+    if os.path.exists(path):
+        os.remove(path)
+    if rows:
+        sheet = contact_sheet([np.stack(frames) for frames, _ in rows[:most]], 1, [say for _, say in rows[:most]])
+        sheet.save(f"{path}.tmp", "PNG")
+        os.replace(f"{path}.tmp", path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A prepared folder, looked at, turned into latents, and drawn from
+# ------------------------------------------------------------------------------------------------------------
+
+def frame_paths(folder, name):
+    """The pictures of a clip, in order."""
+    place = os.path.join(folder, "clips", name)
+    return [os.path.join(place, file) for file in sorted(os.listdir(place)) if file.endswith((".png", ".jpg"))]
+
+
+def read_frames(paths):
+    """Pictures -> tensor (3, f, H, W) in [-1, 1]. ValueError names the one that cannot be read."""
+    frames = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                frames.append(from_pixels(image))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): delete the folder of its source and "
+                             "prepare again") from None
+    return torch.cat(frames, dim=1)
+
+
+def kept_clips(folder):
+    """{name: what its json says, and `caption`} of the clips of a prepared folder that dropped.csv leaves in."""
+    clips, _ = all_clips(folder)
+    for name, _, _ in read_dropped(folder):
+        clips.pop(name, None)
+    if not clips:
+        raise ValueError(f"{folder} has no clip left: dropped.csv says why; prepare with other thresholds")
+    return {name: clip | {"caption": read_text(os.path.join(folder, "clips", f"{name}.txt"))}
+            for name, clip in clips.items()}
+
+
+def read_dropped(folder):
+    """dropped.csv of a prepared folder: [(clip or source, reason, detail)]."""
+    path = os.path.join(folder, "dropped.csv")
+    if not os.path.exists(path):
+        raise ValueError(f"{path} is not there: python data.py --prepare was not finished; run it again")
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:]
+
+
+def split_names(names, split):
+    """The clips of a split: a twentieth of the sources, chosen by name, is held out to validate on ("val").
+
+    All clips of a source go together. Of a single source, both splits are all clips."""
+    sources = sorted({os.path.dirname(name) for name in names}, key=lambda source: zlib.crc32(source.encode()))
+    held_out = sources[:max(1, len(sources) // 20)]
+    return [name for name in names if (os.path.dirname(name) in held_out) == (split == "val")] or list(names)
+
+
+def may_mirror(caption):
+    """A clip may be shown mirrored unless its caption tells left from right."""
+    return not re.search(r"\b(left|right)", caption.lower())
+
+
+def folder_clips(folder, clips, flips=True):
+    """Clips of a prepared folder as pictures: read gives (3, n, H, W). clips: some of `kept_clips`."""
+    names, about = list(clips), list(clips.values())
+
+    def read(i, places, mirrored):
+        paths = frame_paths(folder, names[i])
+        frames = read_frames([paths[place] for place in places.tolist()])
+        return frames.flip(-1) if mirrored else frames
+
+    return Clips(names, np.array([clip["frames"] for clip in about]),
+                 [flips and may_mirror(clip["caption"]) for clip in about], read,
+                 caption=lambda i, place: about[i]["caption"])
+
+
+def probes(stage, n_frames, most=4):
+    """Up to 4 windows of a stage that fit in n_frames, short to long, of the commonest number of frames."""
+    shapes = window_shapes(stage, n_frames)
+    windows = {(window.frames, window.new): window for windows in shapes for window in windows}.values()
+    sizes = [len(window.frames) for window in windows]
+    size = max(sorted(set(sizes)), key=sizes.count)
+    alike = sorted((window for window in windows if len(window.frames) == size),
+                   key=lambda window: (window.frames[-1] - window.frames[0], window.frames, window.new))
+    return [alike[i * (len(alike) - 1) // max(1, most - 1)] for i in range(min(most, len(alike)))]
+
+
+def shortest_clip(stage, n_frames=121):
+    """The fewest frames a clip needs to hold any window of a stage."""
+    for n in range(2, n_frames + 1):
+        try:
+            schedule.training_windows(stage, n)
+            return n
+        except ValueError:
+            continue
+    raise ValueError(f"no {stage} window fits in {n_frames} frames: ask for more --frames")
+
+
+def count_windows(stage, lengths, n_frames):
+    """{stride: (windows, clips that hold one of them, places for them in all clips)} of a stage.
+
+    The stride of a window is the commonest distance between its new frames and their neighbours."""
+    longest = min(n_frames, max(lengths))
+    if longest < shortest_clip(stage, n_frames):
+        return {}
+    table = {}
+    for window in (window for windows in window_shapes(stage, longest) for window in windows):
+        gaps = [b - a for a, b in zip(window.frames, window.frames[1:]) if a in window.new or b in window.new]
+        stride, span = max(sorted(set(gaps)), key=gaps.count), window.frames[-1] - window.frames[0]
+        windows, holders, places = table.get(stride, (0, set(), 0))
+        table[stride] = (windows + 1, holders | {i for i, n in enumerate(lengths) if n > span},
+                         places + sum(max(0, n - span) for n in lengths))
+    return {stride: (n, len(holders), places) for stride, (n, holders, places) in sorted(table.items())}
+
+
+def unreadable_clips(folder, clips):
+    """{clip: what is wrong}, of clips that are not what their json says. Reads every picture."""
+    def problem(item):
+        name, clip = item
+        try:
+            shape = tuple(read_frames(frame_paths(folder, name)).shape)
+        except (ValueError, OSError) as error:
+            return name, str(error)
+        wanted = (3, clip["frames"], clip["size"], clip["size"])
+        return name, None if shape == wanted else f"found {shape}, expected {wanted}"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = tqdm(pool.map(problem, clips.items()), total=len(clips), desc="reading", unit="clip")
+        return {name: what for name, what in found if what}
+
+
+def mark(frames, given):
+    """Frames (f, H, W, 3) uint8 with a border: green around given ones, red around new ones."""
+    wide = max(2, frames.shape[1] // 32)
+    framed = np.empty((len(frames), frames.shape[1] + 2 * wide, frames.shape[2] + 2 * wide, 3), np.uint8)
+    framed[:] = np.where(np.asarray(given)[:, None, None, None], (30, 160, 60), (210, 40, 40))
+    framed[:, wide:-wide, wide:-wide] = frames
+    return framed
+
+
+def check(folder, n_frames):
+    """Say what is in a prepared folder and what training will find in it; write FOLDER/sheet.png.
+
+    Returns whether every clip can be read."""
+    clips, dropped = kept_clips(folder), read_dropped(folder)
+    lengths = [clip["frames"] for clip in clips.values()]
+    captions = [clip["caption"] for clip in clips.values()]
+    size, fps = (", ".join(f"{n:g}" for n in sorted({clip[key] for clip in clips.values()}))
+                 for key in ("size", "fps"))
+    print(f"{folder}: {len(clips)} clips of {len({clip['source'] for clip in clips.values()})} sources, "
+          f"{sum(lengths)} frames of {size}x{size} pixels at {fps} fps")
+    print(f"lengths {min(lengths)} to {max(lengths)}, median {int(np.median(lengths))} frames; captions: "
+          f"{sum(map(bool, captions))} clips, {len(set(captions) - {''})} different")
+    print("left out: " + (", ".join(f"{sum(row[1] == reason for row in dropped)} {word}"
+                                    for reason, word in REASONS.items() if reason != "cut")))
+    for name, reason, detail in dropped:
+        if reason == "corrupt":
+            print(f"refused: {name}: {detail}")
+    print("stage    needs  stride  windows  clips  places")
+    for stage in schedule.STAGES:
+        table = count_windows(stage, lengths, n_frames)
+        for stride, (windows, holders, places) in table.items():
+            print(f"{stage:8s} {shortest_clip(stage):5d} {stride:7d} {windows:8d} {holders:6d} {places:7d}")
+        if not table:
+            print(f"{stage:8s} {shortest_clip(stage):5d}  no window: the longest clip has {max(lengths)} frames")
+    if max(lengths) < n_frames:
+        print(f"the longest clip has {max(lengths)} frames, plans for {n_frames} need {n_frames}: training "
+              f"will draw from plans for {max(lengths)}")
+    broken = unreadable_clips(folder, clips)
+    for name, what in broken.items():
+        print(f"unreadable: {name}: {what}")
+    chosen = split_names([name for name in clips if name not in broken], "train")
+    source = folder_clips(folder, {name: clips[name] for name in chosen})
+    batch = source.windows(window_shapes("video", min(n_frames, int(source.lengths.max()))), 0, 0, 6)
+    rows = [mark(to_pixels(video), given) for video, given in zip(batch["latents"], batch["given"])]
+    contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"]).save(os.path.join(folder, "sheet.png"))
+    print(f"wrote {folder}/sheet.png: a batch of --stage video, given frames green, new ones red")
+    return not broken
+
+
+def weights_hash(model):
+    """What latents and text embeddings depend on: SHA-256 of the VAE, the text encoder, their config."""
+    digest = hashlib.sha256(f"{model.config} {model.tokenizer.merges}".encode())
+    for network in (model.vae, model.text):
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def clip_hash(folder, name, caption):
+    """SHA-256 of the pictures of a clip and of its caption."""
+    digest = hashlib.sha256(caption.encode())
+    for path in frame_paths(folder, name):
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def cache_path(folder, name):
+    """Where the latents of a clip are kept."""
+    return os.path.join(folder, "cache", f"{name}.safetensors")
+
+
+def read_entry(path):
+    """What the header of a cache entry says (source, weights, caption, frames), or {}: not there, not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("about", "{}"))
+    except (SafetensorError, OSError):
+        return {}
+
+
+@torch.no_grad()
+def cache(folder, weights, device=None):
+    """Latents, mirrored latents and text embedding of every clip, one safetensors file each, float16.
+
+    Entries that fit the pictures, the caption and the weights stay; all others are made anew. An entry is
+    there as a whole or not at all. Returns how many were made."""
+    from model import choose_device, load_weights   # here and not above: nothing else in this file needs it
+    model, (device, why) = load_weights(weights), choose_device(device)
+    print(f"device: {device} ({why})")
+    model.to(device)
+    key, made, clips = weights_hash(model), 0, kept_clips(folder)
+    for name, clip in tqdm(clips.items(), desc="encoding", unit="clip"):
+        about = {"source": clip_hash(folder, name, clip["caption"]), "weights": key,
+                 "caption": clip["caption"], "frames": clip["frames"]}
+        path = cache_path(folder, name)
+        if read_entry(path) == about:
+            continue
+        video = read_frames(frame_paths(folder, name))[None].to(device)
+        encode = lambda video: model.vae.encode(video)[0].half().cpu().contiguous()
+        tensors = {"latents": encode(video), "mirrored": encode(video.flip(-1)),
+                   "context": model.context([clip["caption"]])[0].half().cpu().contiguous()}
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        # one entry in the header: safetensors writes several in an order that changes from run to run
+        save_file(tensors, f"{path}.tmp", metadata={"about": json.dumps(about, sort_keys=True)})
+        os.chmod(f"{path}.tmp", 0o644)                # safetensors makes files that only their owner can read
+        os.replace(f"{path}.tmp", path)
+        made += 1
+    print(f"{made} of {len(clips)} clips encoded, the others were there; latents in {folder}/cache")
+    return made
+
+
+def cached_clips(folder, model, stage, split=None, drop=None, flips=True, n_frames=121):
+    """Clips of a prepared folder as latents, long enough for a window of a stage; None as split: all of them.
+
+    drop: file with names of clips not to train on; validation stays what it is, to be comparable. ValueError
+    if the cache was made from other captions or by another model."""
+    entries, clips = {}, kept_clips(folder)
+    dropped = set(read_list(drop, clips)) if drop and split == "train" else set()
+    needed, key = shortest_clip(stage, n_frames), weights_hash(model)
+    usable = [name for name in clips if clips[name]["frames"] >= needed]
+    if not usable:
+        raise ValueError(f"no clip in {folder} has the {needed} frames that --stage {stage} needs, the longest "
+                         f"has {max(clip['frames'] for clip in clips.values())}: see data.py --check {folder}")
+    for name in split_names(usable, split) if split else usable:
+        entry, clip = read_entry(cache_path(folder, name)), clips[name]
+        if (entry.get("weights"), entry.get("caption"), entry.get("frames")) != (
+                key, clip["caption"], clip["frames"]):
+            raise ValueError(f"the latents of clip {name} are missing or were made with other weights or "
+                             f"captions: run python data.py --cache {folder} --weights FILE with this model")
+        if name not in dropped:
+            entries[name] = entry
+    if not entries:
+        raise ValueError(f"{drop} leaves no clip to train on: drop a smaller share")
+    names, captions = list(entries), [entry["caption"] for entry in entries.values()]
+    mirror = [flips and may_mirror(caption) for caption in captions]
+
+    def part(i, key, frames):
+        """Frames (a slice) of one of the tensors of a clip, read from disk."""
+        with safe_open(cache_path(folder, names[i]), framework="pt") as file:
+            return file.get_slice(key)[:, frames].float()
+
+    def read(i, places, mirrored):
+        first, last = int(places[0]), int(places[-1])
+        return part(i, "mirrored" if mirrored else "latents", slice(first, last + 1))[:, places - first]
+
+    return Clips(names, np.array([entry["frames"] for entry in entries.values()]), mirror, read,
+                 caption=lambda i, place: captions[i], context=lambda i: part(i, "context", slice(None)),
+                 key=hashlib.sha256(json.dumps([entries, mirror]).encode()).hexdigest()[:16])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clips that training does not get to grips with
+# ------------------------------------------------------------------------------------------------------------
+
+def read_list(path, known):
+    """The names in a list that --drop_hardest wrote. ValueError if it names clips that are not `known`."""
+    if not os.path.exists(path):
+        raise ValueError(f"no list of clips at {path}: make one with data.py --drop_hardest")
+    with open(path, encoding="utf-8") as file:
+        names = file.read().split("\n")[:-1]
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise ValueError(f"{path} names {len(strange)} clips that are not there, such as {strange[0]}: "
+                         "score this folder and make the list again")
+    return names
+
+
+def read_scores(path):
+    """(stage, {clip: loss}) of a file that train.py --score wrote."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return rows[0]["stage"], {row["clip"]: float(row["loss"]) for row in rows}
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} holds no scores ({error!r}): make them with train.py --score") from None
+
+
+def hardness(scores, held_out=()):
+    """{clip: how hard it is, 0 to 1}: its rank among the losses of a stage, averaged over the stages.
+
+    scores, held_out: files by train.py --score, one per stage, in the same order. held_out are those of
+    models that never saw these clips: a loss that is not lower for having trained on the clip means there was
+    nothing in it to learn, while a clip that is only rich is hard for both, and minus leaves nothing of it."""
+    if held_out and [read_scores(path)[0] for path in held_out] != [read_scores(path)[0] for path in scores]:
+        raise ValueError(f"--held_out needs one file for each of --scores, of the same stages in the same "
+                         f"order; found {len(held_out)} for {len(scores)}")
+    ranks = {}
+    for i, path in enumerate(scores):
+        losses = read_scores(path)[1]
+        if held_out:
+            others = read_scores(held_out[i])[1]
+            if others.keys() != losses.keys():
+                raise ValueError(f"{held_out[i]} and {path} score different clips: score the same folder")
+            losses = {clip: loss - others[clip] for clip, loss in losses.items()}
+        for rank, clip in enumerate(sorted(losses, key=lambda clip: (losses[clip], clip))):
+            ranks.setdefault(clip, []).append(rank / max(1, len(losses) - 1))
+    return {clip: sum(all_ranks) / len(all_ranks) for clip, all_ranks in ranks.items()}
+
+
+def drop_hardest(share, scores, held_out, path):
+    """Write the names of the hardest clips to a file, the hardest first: one list for all stages."""
+    hard = hardness(scores, held_out)
+    names = sorted(hard, key=lambda clip: (-hard[clip], clip))[:round(share * len(hard))]
+    write_whole(path, "".join(f"{name}\n" for name in names))
+    print(f"wrote {path}: {len(names)} of {len(hard)} clips, for train.py --drop {path}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 
 def preview(path, seed, size):
     """A sheet of six worlds, or one world as a moving picture, by the ending of the path."""
@@ -471,17 +1203,75 @@ def preview(path, seed, size):
                          "a .gif or .webp for a moving picture")
 
 
-def main(argv=None):
-    """The command line of data.py."""
+def parse(argv):
+    """The command line of data.py: one of five things to do, and what it needs."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preview", required=True, metavar="FILE",
-                   help="picture to write: .png, .jpg, .gif or .webp")
+    todo = p.add_mutually_exclusive_group(required=True)
+    todo.add_argument("--preview", metavar="FILE", help="picture to write: .png, .jpg, .gif or .webp")
+    todo.add_argument("--prepare", metavar="VIDEOS", help="folder of videos, GIFs and folders of pictures, to "
+                      "make clips of in --out; captions are NAME.txt beside NAME.mp4, or metadata.csv (path,"
+                      "text), or else the folder's name")
+    todo.add_argument("--check", metavar="DIR", help="say what is in a prepared folder and what training will "
+                      "find there, and write DIR/sheet.png")
+    todo.add_argument("--cache", metavar="DIR", help="encode the clips of a prepared folder with --weights")
+    todo.add_argument("--drop_hardest", type=float, metavar="SHARE",
+                      help="list the clips that --scores say are hardest, 0.1 for a tenth, in --out")
+    p.add_argument("--out", help="folder to prepare in, or file for the list of --drop_hardest")
     p.add_argument("--seed", type=int, default=0,
                    help="world to show, or the first of six; any number from 0 on")
-    p.add_argument("--size", type=int, default=64, help="of a frame in pixels, a multiple of 8")
+    p.add_argument("--size", type=int, default=64,
+                   help="of a frame in pixels, a multiple of 8; 64 for the tiny preset, 512 for sd15")
+    # preparing
+    p.add_argument("--fps", type=float, default=5.0, help="frames to keep per second; pictures in folders are "
+                   "taken one by one. A timelapse moves enough at 5")
+    p.add_argument("--skip_start", type=float, default=0.0, help="seconds to leave out at the start: titles")
+    p.add_argument("--skip_end", type=float, default=0.0, help="seconds to leave out at the end: credits")
+    p.add_argument("--format", default="png", choices=("png", "jpg"), help="of frames; jpg is 5 times smaller")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="sources prepared at the same time")
+    p.add_argument("--strict", action="store_true", help="exit with 1 if a source was refused")
+    # what is left out: the changes from frame to frame are means over the picture, of 255
+    p.add_argument("--cut_change", type=float, default=10.0, help="a cut changes at least so much")
+    p.add_argument("--cut_ratio", type=float, default=3.0, help="and so many times more than frames around it")
+    p.add_argument("--frozen", type=float, default=0.15, help="what stands still changes less than this")
+    p.add_argument("--frozen_seconds", type=float, default=2.0, help="for at least so long")
+    p.add_argument("--alike", type=float, default=0.9,
+                   help="clips whose edges correlate more are duplicates; 2 keeps all")
+    p.add_argument("--min_frames", type=int, default=19,
+                   help="shorter clips are left out; 19 is what --stage extrap needs")
+    # after preparing
+    p.add_argument("--weights", help="model to --cache with: assets/tiny.safetensors, or your sd15 file")
+    p.add_argument("--device", help="to --cache on; default: cuda, else mps, else cpu")
+    p.add_argument("--frames", type=int, default=121, help="--check for plans of so many, as train.py has it")
+    p.add_argument("--scores", nargs="+", metavar="FILE", help="by train.py --score, one per stage")
+    p.add_argument("--held_out", nargs="+", default=[], metavar="FILE", help="the same by models trained on "
+                   "other data, in the same order: taken off")
     args = p.parse_args(argv)
-    preview(args.preview, args.seed, args.size)
-    print(f"wrote {args.preview}")
+    for name, needed in (("prepare", "out"), ("cache", "weights"), ("drop_hardest", "scores"), ("drop_hardest", "out")):
+        if getattr(args, name) is not None and not getattr(args, needed):
+            raise ValueError(f"--{name} needs --{needed}: see data.py --help")
+    if args.prepare and (args.size < 16 or args.size % 8 or args.fps <= 0 or args.workers < 1):
+        raise ValueError(f"found --size {args.size} --fps {args.fps:g} --workers {args.workers}: expected a "
+                         "multiple of 8 from 16 on, more than 0, and at least 1")
+    return args
+
+
+def main(argv=None):
+    """The command line of data.py. Leaves with exit code 1 where something could not be read."""
+    args = parse(argv)
+    fine = True
+    if args.preview:
+        preview(args.preview, args.seed, args.size)
+        print(f"wrote {args.preview}")
+    elif args.prepare:
+        fine = prepare(args) or not args.strict
+    elif args.check:
+        fine = check(args.check, args.frames)
+    elif args.cache:
+        cache(args.cache, args.weights, args.device)
+    else:
+        drop_hardest(args.drop_hardest, args.scores, args.held_out, args.out)
+    if not fine:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

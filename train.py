@@ -2,6 +2,7 @@
 
     python train.py --stage interp                  fresh temporal layers on the shipped image model, minutes
     python train.py --stage interp --resume auto    go on where the last run of this stage stopped
+    python train.py --stage interp --data DIR       on your own clips, prepared and encoded by data.py
 
 The tiny model from nothing, in this order (README.md has the times and what to expect):
 
@@ -54,6 +55,13 @@ def parse(argv):
     p.add_argument("--resume", metavar="auto|FILE",
                    help="go on from the checkpoint in --out (auto) or from a file")
     # data
+    p.add_argument("--data", metavar="DIR", help="folder that data.py has prepared and encoded (--prepare, "
+                   "--cache), instead of sky worlds; for the video stages")
+    p.add_argument("--drop", metavar="LIST", help="clips of --data not to train on, by data.py --drop_hardest")
+    p.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True,
+                   help="show half of the clips of --data mirrored, if their caption tells no left from right")
+    p.add_argument("--score", metavar="FILE", help="do not train: write the loss of every clip of --data here, "
+                   "by the temporal layers of --weights or --temporal")
     p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "
                    "better and slower to prepare; default 4096 for image, 768 for video, else about 100")
     p.add_argument("--frames", type=int, default=121,
@@ -97,6 +105,12 @@ def parse(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or os.path.join("out", args.stage)
+    args.data_hash = None   # of the clips of --data, when they have been found
+    if args.data and args.stage not in VIDEO_STAGES:
+        raise ValueError(f"--data is for the stages {', '.join(VIDEO_STAGES)}, found --stage {args.stage}: "
+                         "leave --data away")
+    if (args.drop or args.score) and not args.data:
+        raise ValueError("--drop and --score are about the clips of a folder: give it as --data")
     if args.weights is None and args.stage != "vae":
         args.weights = TINY_WEIGHTS
     return args
@@ -138,6 +152,13 @@ def prepare_data(args, model, split, device):
     if args.stage == "vae":
         size = model.config.size
         return lambda step: {"images": data.picture_batch(split, args.seed, step, args.batch_size, size)}
+    if args.data:
+        clips = data.cached_clips(args.data, model, args.stage, split, args.drop, args.flips, args.frames)
+        print(f"{len(clips.names)} clips of {args.data} to {'train' if split == 'train' else 'validate'} on")
+        if split == "train":
+            args.data_hash = clips.key   # goes into the checkpoint: what is drawn from must not change
+        shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
+        return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
     few = args.worlds if split == "train" else min(16, args.worlds)
     worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
     frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
@@ -169,6 +190,16 @@ def random_levels(batch, generator, args):
     return t_new, torch.where(torch.rand(b, generator=generator) < 0.2, 0, t_aug)
 
 
+def embed(model, batch, captions):
+    """Text embeddings (b, 77, d) of captions: from the batch if it brings them, but for dropped captions."""
+    if "contexts" not in batch:
+        return model.context(captions)
+    dropped = torch.tensor([caption == "" for caption in captions], device=batch["contexts"].device)
+    if not dropped.any():
+        return batch["contexts"]
+    return torch.where(dropped[:, None, None], model.context([""]), batch["contexts"])
+
+
 def diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions):
     """Errors of the UNet's answer, and of its guess at the clean frames: (b, c, f, h, w), 0 on given frames.
 
@@ -180,7 +211,7 @@ def diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, capt
     t = torch.where(user, 0, torch.where(given, t_aug[:, None], t_new[:, None]))  # (b, f)
     x_t = schedule.q_sample(x0, t, eps)
     x_t = torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t)        # level 0: really clean
-    context, new = model.context(captions), ~given[:, None, :, None, None]
+    context, new = embed(model, batch, captions), ~given[:, None, :, None, None]
     target = schedule.target(x0, t, eps)
     if args.stage not in VIDEO_STAGES:
         return (model.unet(x_t, t, context, temporal=False).float() - target) * new, None
@@ -285,6 +316,31 @@ def validation_loss(model, schedule, batches, args, device):
     return by_level.mean().item(), by_level.view(4, -1).mean(1).tolist()
 
 
+@torch.no_grad()
+def write_scores(args, model, device):
+    """The loss of every clip of --data as a csv file (clip, stage, loss): what data.py --drop_hardest reads.
+
+    The same windows, noise and levels for every clip, so that nothing but the clip makes the difference."""
+    clips = data.cached_clips(args.data, model, args.stage, n_frames=args.frames)
+    if not model.unet.temporal_hint.weight.any():   # it starts at zero
+        raise ValueError("the temporal layers are untrained and know no hard clips: give trained ones as "
+                         "--temporal")
+    schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
+    rows, windows = [], data.probes(args.stage, min(args.frames, int(clips.lengths.min())))
+    for i, name in enumerate(tqdm(clips.names, desc="scoring", unit="clip")):
+        room = [int(clips.lengths[i]) - (window.frames[-1] - window.frames[0]) for window in windows]
+        batch = clips.stack([clips.cut(window, i, (2 * k + 1) * places // (2 * len(windows)))
+                             for k, (window, places) in enumerate(zip(windows, room))])
+        rows.append({"clip": name, "stage": args.stage,
+                     "loss": validation_loss(model, schedule, [batch], args, device)[0]})
+    with open(f"{args.score}.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["clip", "stage", "loss"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{args.score}.tmp", args.score)
+    print(f"wrote {args.score}: {len(rows)} clips, {len(windows)} windows each, at {len(LEVELS)} levels")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Averaged weights, checkpoints, logs
 # ------------------------------------------------------------------------------------------------------------
@@ -343,6 +399,10 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
             raise ValueError(f"{path} was trained with --{name} {state['args'][name]}, now it is "
                              f"{getattr(args, name)}: give the old value to go on exactly, or start anew in "
                              "another --out folder")
+    before = state["args"].get("data_hash")   # a checkpoint from before there was --data has none
+    if before != args.data_hash:
+        raise ValueError(f"{path} was trained on other clips (hash {before}, now {args.data_hash}): give "
+                         "--data, --drop and --flips as they were, or start anew in another --out folder")
     shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
     if shapes(state["model"]) != shapes(parameters):
         raise ValueError(f"{path} holds other layers than model.py now has: start anew in another --out "
@@ -454,7 +514,7 @@ def prepare_model(args):
     model = load_weights(args.weights, args.preset)
     if args.temporal:
         fill(model, read_weights(args.temporal)[3], args.temporal, parts=("unet",), temporal="only")
-    else:
+    elif not args.score:
         fresh = Model.build(model.config).unet.state_dict()
         loaded = model.unet.state_dict()
         model.unet.load_state_dict({k: fresh[k] if is_temporal(k) else v for k, v in loaded.items()})
@@ -523,11 +583,14 @@ def main(argv=None):
     report(model, trainable, args, device, why)
     if args.dry_run:
         return
+    if args.score:
+        return write_scores(args, model, device)
     check_out(args)
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
-    next_batch = prepare_data(args, model, "train", device)
-    batches = [prepare_data(args, model, "val", device)(step) for step in range(4)]
+    next_batch = data.prefetch(prepare_data(args, model, "train", device))
+    val_batch = prepare_data(args, model, "val", device)
+    batches = [val_batch(step) for step in range(4)]
     ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     optimizer, scaler = prepare_optimizer(trainable, args, device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
