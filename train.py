@@ -291,7 +291,7 @@ def training_loss(model, schedule, batch, seed, args, device):
 
 
 @torch.no_grad()
-def validation_loss(model, schedule, batches, args, device):
+def validation_loss(model, schedule, batches, args, device, levels=LEVELS):
     """(loss, [loss per quarter of the noise range]) on fixed batches, with fixed noise, at fixed levels.
 
     A training loss jumps with the levels it happens to draw; this one is comparable from step to step and
@@ -302,7 +302,7 @@ def validation_loss(model, schedule, batches, args, device):
                   for i, batch in enumerate(batches)]
         return torch.stack(losses).mean().item(), []
     by_level = []
-    for level in LEVELS:
+    for level in levels:
         losses = []
         for i, batch in enumerate(batches):
             batch = to_device(batch, device)
@@ -332,13 +332,13 @@ def write_scores(args, model, device):
         batch = clips.stack([clips.cut(window, i, (2 * k + 1) * places // (2 * len(windows)))
                              for k, (window, places) in enumerate(zip(windows, room))])
         rows.append({"clip": name, "stage": args.stage,
-                     "loss": validation_loss(model, schedule, [batch], args, device)[0]})
+                     "loss": validation_loss(model, schedule, [batch], args, device, LEVELS[1::2])[0]})
     with open(f"{args.score}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, ["clip", "stage", "loss"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{args.score}.tmp", args.score)
-    print(f"wrote {args.score}: {len(rows)} clips, {len(windows)} windows each, at {len(LEVELS)} levels")
+    print(f"wrote {args.score}: {len(rows)} clips, {len(windows)} windows each, at levels {LEVELS[1::2]}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 import csv
 import os
+import random
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
+import data
 import train
 from diffusion import NoiseSchedule
 from model import PREFIXES, Model, is_temporal, load_weights, read_weights, save_weights
@@ -236,3 +240,108 @@ def test_weights_of_another_preset_are_refused(tmp_path, small_weights):
     """--preset sd15 does not take tiny weights."""
     with pytest.raises(ValueError, match="preset tiny"):
         train.main(arguments(tmp_path, small_weights, preset="sd15"))
+
+
+@pytest.fixture(scope="module")
+def own_clips(tmp_path_factory, small_weights):
+    """A prepared folder of 8 clips of 40 sky frames, encoded with the small weights; made without ffmpeg."""
+    folder = tmp_path_factory.mktemp("own")
+    for seed in range(8):
+        place = folder / "clips" / f"{seed}.mp4"
+        (place / "000").mkdir(parents=True)
+        pixels = data.to_pixels(data.SkyWorld(seed).video(range(40)))
+        for i, frame in enumerate(pixels):
+            Image.fromarray(frame).save(place / "000" / f"{i + 1:05d}.png")
+        (place / "000.txt").write_text(f"world {seed}\n")
+        data.write_json(str(place / "source.json"), {"source": f"{seed}.mp4", "refused": None})
+        data.write_json(str(place / "000.json"), {"source": f"{seed}.mp4", "frames": 40, "size": 64, "fps": 5})
+    (folder / "dropped.csv").write_text("clip,reason,detail\n")
+    data.cache(str(folder), small_weights)
+    return folder
+
+
+def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, own_clips, monkeypatch):
+    """--data: 6 steps == 3 steps, a crash, --resume, 3 steps; and no clip is read that --drop names."""
+    (tmp_path / "drop.txt").write_text("3.mp4/000\n")
+    own = dict(data=own_clips, drop=tmp_path / "drop.txt", max_steps=6, save_every=3)
+    train.main(arguments(tmp_path / "whole", small_weights, **own))
+    update = train.update_ema
+
+    def crash(ema, parameters, decay, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        update(ema, parameters, decay, step)
+
+    monkeypatch.setattr(train, "update_ema", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tmp_path / "cut", small_weights, **own))
+    monkeypatch.setattr(train, "update_ema", update)
+    train.main(arguments(tmp_path / "cut", small_weights, **own) + ["--resume", "auto"])
+    whole, cut = (torch.load(tmp_path / run / "interp" / "ckpt.pt", weights_only=True) for run in ("whole", "cut"))
+    assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
+    model = load_weights(small_weights)
+    clips = lambda split: data.cached_clips(str(own_clips), model, "interp", split, str(own["drop"])).names
+    assert len(clips("train")) == 6 and "3.mp4/000" not in clips("train") and len(clips("val")) == 1
+
+
+def test_what_is_trained_on_does_not_change_in_the_middle_of_a_run(tmp_path, small_weights, own_clips):
+    """Another --drop list, none, or clips that were encoded anew: resuming is refused, with a sentence."""
+    folder, drop = tmp_path / "own", tmp_path / "drop.txt"
+    shutil.copytree(own_clips, folder)
+    drop.write_text("3.mp4/000\n")
+    options = arguments(tmp_path, small_weights, data=folder, drop=drop, max_steps=1) + ["--resume", "auto"]
+    train.main(options[:-2])
+    train.main(options)
+    for words in ("4.mp4/000\n", "", "3.mp4/000\n4.mp4/000\n"):
+        drop.write_text(words)
+        with pytest.raises(ValueError, match="trained on other clips"):
+            train.main(options)
+    drop.write_text("3.mp4/000\n")
+    (folder / "clips" / "5.mp4" / "000.txt").write_text("other words")
+    data.cache(str(folder), small_weights)
+    with pytest.raises(ValueError, match="trained on other clips"):
+        train.main(options)
+
+
+def test_cached_text_embeddings_are_what_the_model_would_say(small_weights):
+    """Contexts of a batch are used as they are, but where a caption was dropped it is the empty one's."""
+    model = load_weights(small_weights)
+    known = model.context(["a", "b", "c"])
+    assert torch.equal(train.embed(model, {"contexts": known}, ["a", "b", "c"]), known)
+    mixed = train.embed(model, {"contexts": known}, ["a", "", "c"])
+    assert torch.allclose(mixed, model.context(["a", "", "c"]), atol=1e-5)
+    assert torch.allclose(train.embed(model, {}, ["a", "b", "c"]), known, atol=1e-5)
+
+
+def test_scores_are_the_same_every_time_and_find_what_was_shuffled(tmp_path, own_clips):
+    """--score with the shipped weights, twice: the same file. A clip out of order is the hardest of all."""
+    folder, frames = tmp_path / "own", list(range(40))
+    shutil.copytree(own_clips, folder)
+    random.Random(0).shuffle(frames)
+    place = folder / "clips" / "6.mp4" / "000"
+    pictures = {i: (place / f"{i + 1:05d}.png").read_bytes() for i in range(40)}
+    for i, frame in enumerate(frames):
+        (place / f"{i + 1:05d}.png").write_bytes(pictures[frame])
+    (folder / "dropped.csv").write_text("clip,reason,detail\n" + "".join(f"{i}.mp4/000,short,\n" for i in range(4)))
+    data.cache(str(folder), train.TINY_WEIGHTS)
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    for file in files:
+        train.main(["--stage", "interp", "--data", str(folder), "--score", file])
+    a, b = (open(file).read() for file in files)
+    assert a == b and a.count("\n") == 5
+    assert max(data.hardness(files[:1]).items(), key=lambda item: item[1]) == ("6.mp4/000", 1.0)
+    data.main(["--drop_hardest", "0.25", "--scores", files[0], "--out", str(tmp_path / "drop.txt")])
+    assert (tmp_path / "drop.txt").read_text() == "6.mp4/000\n"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"stage": "image", "data": "x"}, "for the stages starter"), ({"drop": "x"}, "give it as --data"),
+    ({"data": "nowhere"}, "not a prepared folder"), ({"data": "own", "drop": "strange"}, "such as not there"),
+    ({"data": "own", "score": "x.csv"}, "untrained")])
+def test_wrong_folders_and_lists_are_named(tmp_path, small_weights, own_clips, change, words):
+    """Before a step is spent, in one sentence."""
+    (tmp_path / "strange").write_text("not there\n")
+    paths = {"own": own_clips, "strange": tmp_path / "strange"}
+    with pytest.raises(ValueError, match=words):
+        train.main(arguments(tmp_path, small_weights, **{key: paths.get(value, value)
+                                                         for key, value in change.items()}))
