@@ -1,7 +1,13 @@
-"""Where the frames come from: the sky world, a procedural timelapse, and the batches training draws from it.
+"""Where the frames come from: the sky world, a procedural timelapse, or videos of your own; and the batches
+that training draws from them.
 
     python data.py --preview sheet.png          six worlds, one row each, from their first frame to their last
     python data.py --preview clip.gif --seed 7  one world as a moving picture
+
+    python data.py --prepare VIDEOS --out DIR   a folder of videos, in any mix, becomes a folder of clips
+    python data.py --check DIR                  what is in it, and what training will find there
+    python data.py --cache DIR --weights FILE   latents of the clips, for train.py --data DIR
+    python data.py --drop_hardest 0.1 --scores A.csv B.csv --out drop.txt    what not to train on (--drop)
 
 The sky world needs no download and no disk: every frame is a pure function of (seed, frame, size), so any
 length, any stride and any size can be asked for, and the truth (wind, time of day, balloon tracks) is known
@@ -308,10 +314,11 @@ class Clips:
             if len(window.frames) != (length or len(window.frames)):
                 continue
             length = len(window.frames)
-            room = self.lengths - (window.frames[-1] - window.frames[0])   # places where it can be laid
+            reach = window.frames[-1] - window.frames[0]
+            room = self.lengths - reach                          # places where the window can be laid
             if room.max() < 1:
-                raise ValueError(f"a window over {window.frames[-1] - window.frames[0] + 1} frames fits in no "
-                                 f"clip, the longest has {self.lengths.max()}: ask for shorter --frames")
+                raise ValueError(f"a window over {reach + 1} frames fits in no clip, the longest has "
+                                 f"{self.lengths.max()}: ask for shorter --frames")
             place, clip = int(rng.integers(room.max())), int(pick(np.flatnonzero(room > 0)))
             place = place * int(room[clip]) // int(room.max())             # the same part of a shorter clip
             mirrored = self.mirror[clip] and rng.random() < 0.5
@@ -354,10 +361,11 @@ def sky_clips(path, encode, worlds, frames, size, key):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         save_file({"latents": latents}, f"{path}.tmp", metadata={"about": about})
         os.replace(f"{path}.tmp", path)  # a crash leaves no half-written cache under this name
+    moment = lambda place: frames.start + place * frames.step
     return Clips(names=[f"world {world}" for world in worlds], lengths=np.full(len(worlds), len(frames)),
-                 mirror=[False] * len(worlds),                     # captions say which way the wind blows
+                 mirror=[False] * len(worlds),                  # captions say which way the wind blows
                  read=lambda i, places, mirrored: latents[i][:, places].float(),
-                 caption=lambda i, place: SkyWorld(worlds[i], size).caption(frames.start + place * frames.step))
+                 caption=lambda i, place: SkyWorld(worlds[i], size).caption(moment(place)))
 
 
 def _read_latents(path, about):
@@ -470,10 +478,10 @@ def line_plot(path, curves, title, log=False):
 # Your own videos: any mix of files becomes a folder of clips, judged, checked, and kept as latents
 #
 #   OUT/settings.json               what the folder was prepared with
-#   OUT/clips/SOURCE/source.json    a video, GIF or folder of pictures; `refused` says why it could not be read
+#   OUT/clips/SOURCE/source.json    a video, GIF or folder of pictures; `refused`: why it could not be read
 #   OUT/clips/SOURCE/000/00001.png  the frames of its first clip; 000.txt its caption, yours to edit; 000.json
 #                                   where it comes from
-#   OUT/dropped.csv                 clips that are left out, and why, with a dropped_REASON.png for each reason
+#   OUT/dropped.csv                 clips that are left out, and why; a dropped_REASON.png for each reason
 #   OUT/cache/SOURCE/000.safetensors  its latents, made by --cache
 # ------------------------------------------------------------------------------------------------------------
 
@@ -527,17 +535,18 @@ def read_metadata(root):
     if not os.path.exists(path):
         return {}
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not {"path", "text"} <= rows[0].keys():
-        raise ValueError(f"{path} has the columns {', '.join(rows[0])}, expected path and text: rename them")
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if row.get("path")]
+    if not {"path", "text"} <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path} has the columns {reader.fieldnames}, expected path and text: rename them")
     outside = [row["path"] for row in rows if os.path.normpath(row["path"]).startswith(("..", os.sep))]
     if outside:
         raise ValueError(f"{path} names {outside[0]}, which lies outside {root}: give paths inside it")
     return {os.path.normpath(row["path"]): " ".join((row["text"] or "").split()) for row in rows}
 
 
-def find_sources(root):
-    """What lies in a folder and below: ({name: caption} of all sources, names of files that are none).
+def find_sources(root, out):
+    """What lies in a folder and below, but for `out`: ({name: caption} of the sources, names of other files).
 
     A source is a video file, a GIF, or a folder that holds pictures and no videos; its name is its path. Its
     caption: the text file of its name, else metadata.csv, else the name of the folder it is in, in words
@@ -547,21 +556,25 @@ def find_sources(root):
         raise ValueError(f"{root} is not a folder: give the folder that your videos are in")
     table, sources, others = read_metadata(root), [], []
     for folder, folders, files in os.walk(root):
-        relative = lambda name: os.path.normpath(os.path.relpath(os.path.join(folder, name), root))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = [name for name in files if not name.startswith(".")]   # .DS_Store and the like
-        kind = lambda name, endings: name.lower().endswith(endings)
-        if not any(kind(name, VIDEOS) for name in files) and sum(kind(name, PICTURES) for name in files) > 1:
-            sources.append(relative(""))
-            continue
-        sources += [relative(name) for name in files if kind(name, VIDEOS)]
-        others += [relative(name) for name in files if not kind(name, (*VIDEOS, ".txt")) and name != "metadata.csv"]
+        path = lambda name: os.path.normpath(os.path.relpath(os.path.join(folder, name), root))
+        kind = lambda *endings: [name for name in files if name.lower().endswith(endings)]
+        files = [name for name in files if not name.startswith(".") and name != "metadata.csv"]
+        folders[:] = [name for name in folders if not name.startswith(".") and
+                      os.path.abspath(os.path.join(folder, name)) != os.path.abspath(out)]
+        if len(kind(*PICTURES)) > 1 and not kind(*VIDEOS):
+            sources.append(path(""))
+        else:
+            sources += map(path, kind(*VIDEOS))
+            others += map(path, set(files) - set(kind(*VIDEOS, ".txt")))
+    if "." in sources:
+        raise ValueError(f"{root} is itself a folder of pictures: give the folder that it lies in")
     captions = {}
-    for name in in_order({*sources, *table} - {"."}) or sources:
+    for name in in_order({*sources, *table}):
         path = os.path.join(root, name)
         beside = (path if os.path.isdir(path) else os.path.splitext(path)[0]) + ".txt"
-        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_\s]+", " ", os.path.basename(os.path.dirname(name))).lower()
-        captions[name] = read_text(beside) if os.path.exists(beside) else table.get(name, words.strip())
+        folder = os.path.basename(os.path.dirname(name))
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_\s]+", " ", folder).lower().strip()
+        captions[name] = read_text(beside) if os.path.exists(beside) else table.get(name, words)
     return captions, in_order(others)
 
 
@@ -640,7 +653,7 @@ def extract(path, folder, args):
     ending = ["-pix_fmt", "rgb24"] if args.format == "png" else ["-pix_fmt", "yuvj444p", "-q:v", "2"]
     thumbs = run_tool(["ffmpeg", "-v", "error", "-xerror", "-nostdin", "-threads", "1", *source,
                        "-filter_complex", chain, "-map", "[frames]", "-fps_mode", "passthrough", *ending,
-                       os.path.join(folder, f"%05d.{args.format}"),
+                       os.path.join(folder.replace("%", "%%"), f"%05d.{args.format}"),
                        "-map", "[thumbs]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"])
     thumbs = np.frombuffer(thumbs, np.uint8).reshape(-1, THUMB, THUMB, 3)
     if not len(thumbs):
@@ -691,13 +704,14 @@ def prepare_source(name, caption, args):
     Returns its source.json: `refused` says why it has no clips, or is None."""
     path, final = os.path.join(args.prepare, name), os.path.join(args.out, "clips", name)
     about = {"source": name, "bytes": source_bytes(path), "caption": caption, "refused": None}
-    if os.path.exists(os.path.join(final, "source.json")):
+    # a new name each time: the ffmpeg of a killed run may live on for a moment and write to the old one
+    folder = tempfile.mkdtemp(dir=os.path.join(args.out, "unfinished"))
+    if os.path.exists(final):
         before = read_json(os.path.join(final, "source.json"))
         if before == about | {"refused": before["refused"]}:
             return before
-        shutil.rmtree(final)                                   # the source has changed since
-    folder = tempfile.mkdtemp(dir=os.path.join(args.out, "unfinished"))   # a name of its own: the ffmpeg of a
-    frames = os.path.join(folder, "frames")                    # killed run may live on and write to the old one
+        os.rename(final, f"{folder}.old")    # the source has changed since; all of it goes at once
+    frames = os.path.join(folder, "frames")
     os.mkdir(frames)
     try:
         thumbs, crop = extract(path, frames, args)
@@ -707,7 +721,7 @@ def prepare_source(name, caption, args):
         about["refused"] = str(error).replace(path, name).replace(frames, "")
     shutil.rmtree(frames)
     write_json(os.path.join(folder, "source.json"), about)
-    os.chmod(folder, 0o755)                                    # mkdtemp lets only the owner in
+    os.chmod(folder, 0o755)                  # mkdtemp lets only the owner in
     os.makedirs(os.path.dirname(final), exist_ok=True)
     os.rename(folder, final)
     return about
@@ -721,7 +735,7 @@ def source_bytes(path):
 
 
 def write_clip(folder, frames, shot, thumbs, source, crop, args):
-    """Move the frames of a shot to a folder of their own; its caption and where it comes from go beside it."""
+    """Move the frames of a shot to a folder of their own, with its caption and where it comes from beside."""
     first, stop, after_cut, frozen = shot
     os.mkdir(folder)
     for i in range(first, stop):
@@ -738,11 +752,12 @@ def write_clip(folder, frames, shot, thumbs, source, crop, args):
 def prepare(args):
     """A folder of videos (args.prepare) as a folder of clips (args.out). True if no source was refused.
 
-    Interrupt it whenever you like: sources that are done stay done, and the result is the same."""
+    Interrupt it whenever you like: sources that are done stay done, and the result is the same. What is in
+    args.out already stays there, so several folders of videos can be prepared into one."""
     for program in ("ffmpeg", "ffprobe"):
         if not shutil.which(program):
             raise ValueError(f"the program {program} was not found: install ffmpeg 5.1 or newer")
-    captions, others = find_sources(args.prepare)
+    captions, others = find_sources(args.prepare, args.out)
     if not captions:
         raise ValueError(f"{args.prepare} holds no videos, GIFs or folders of pictures: videos end in "
                          f"{' '.join(VIDEOS)}")
@@ -772,7 +787,7 @@ def prepare(args):
 
 
 def all_clips(folder):
-    """(clips, refused) of a prepared folder: {name: what NAME.json says}, {source: why}; sorted by name."""
+    """(clips, refused) of a prepared folder: {name: what NAME.json says}, {source: why}; in order."""
     clips, refused, root = {}, {}, os.path.join(folder, "clips")
     if not os.path.isdir(root):
         raise ValueError(f"{folder} is not a prepared folder: make one with "
@@ -784,7 +799,8 @@ def all_clips(folder):
                 clips[os.path.relpath(path, root).replace(os.sep, "/")] = about
             elif about["refused"]:
                 refused[about["source"]] = about["refused"]
-    return dict(sorted(clips.items())), dict(sorted(refused.items()))
+    ordered = lambda table: {name: table[name] for name in in_order(table)}
+    return ordered(clips), ordered(refused)
 
 
 def find_duplicates(clips, alike):
@@ -792,6 +808,8 @@ def find_duplicates(clips, alike):
 
     Alike is the correlation of the edges in both at 5 moments: other sizes, qualities, light and colours keep
     the edges. Clips of one source are not compared, for a pause in a still scene cuts it into likenesses."""
+    if not clips:
+        return {}
     names = list(clips)
     looks = np.float32([np.frombuffer(bytes.fromhex(clip["signature"]), np.uint8) for clip in clips.values()])
     looks = looks.reshape(-1, MOMENTS, THUMB // 2, THUMB // 2)
@@ -824,13 +842,13 @@ def clean(folder, min_frames, alike):
     csv.writer(text, lineterminator="\n").writerows([("clip", "reason", "detail"), *dropped])
     write_whole(os.path.join(folder, "dropped.csv"), text.getvalue())
 
-    half, eight = lambda name: moments_of(folder, name, clips, 4), lambda name: moments_of(folder, name, clips, 8)
+    half, whole = (lambda name, n=n: moments_of(folder, name, n) for n in (4, 8))
     blank = [np.full((96, 96, 3), 128, np.uint8)] * 8
     rows = {"corrupt": [(blank, f"{name}: {why}") for name, why in refused.items()],
             "cut": [(half(before) + half(name), f"{name} | after a cut") for before, name in
                     zip(clips, list(clips)[1:]) if clips[name]["after_cut"]]}
     for name, reason, detail in dropped[len(refused):]:
-        frames = half(name) + half(twins[name][0]) if reason == "duplicate" else eight(name)
+        frames = half(name) + half(twins[name][0]) if reason == "duplicate" else whole(name)
         rows.setdefault(reason, []).append((frames, f"{name}: {detail}"))
     for reason in REASONS:
         write_sheet(os.path.join(folder, f"dropped_{reason}.png"), rows.get(reason, []))
@@ -838,7 +856,7 @@ def clean(folder, min_frames, alike):
     print(f"{len(clips) - len(dropped) + len(refused)} clips in {folder}; {counts}")
 
 
-def moments_of(folder, name, clips, n):
+def moments_of(folder, name, n):
     """n frames of a clip, from its first to its last, small: uint8 arrays (96, 96, 3)."""
     paths = frame_paths(folder, name)
     small = lambda path: np.array(Image.open(path).convert("RGB").resize((96, 96)))
@@ -850,7 +868,8 @@ def write_sheet(path, rows, most=48):
     if os.path.exists(path):
         os.remove(path)
     if rows:
-        sheet = contact_sheet([np.stack(frames) for frames, _ in rows[:most]], 1, [say for _, say in rows[:most]])
+        frames, labels = zip(*rows[:most])
+        sheet = contact_sheet([np.stack(row) for row in frames], 1, labels)
         sheet.save(f"{path}.tmp", "PNG")
         os.replace(f"{path}.tmp", path)
 
@@ -862,7 +881,7 @@ def write_sheet(path, rows, most=48):
 def frame_paths(folder, name):
     """The pictures of a clip, in order."""
     place = os.path.join(folder, "clips", name)
-    return [os.path.join(place, file) for file in sorted(os.listdir(place)) if file.endswith((".png", ".jpg"))]
+    return [os.path.join(place, file) for file in in_order(os.listdir(place))]
 
 
 def read_frames(paths):
@@ -879,7 +898,7 @@ def read_frames(paths):
 
 
 def kept_clips(folder):
-    """{name: what its json says, and `caption`} of the clips of a prepared folder that dropped.csv leaves in."""
+    """{name: what its json says, and `caption`} of the clips that dropped.csv leaves in."""
     clips, _ = all_clips(folder)
     for name, _, _ in read_dropped(folder):
         clips.pop(name, None)
@@ -902,7 +921,7 @@ def split_names(names, split):
     """The clips of a split: a twentieth of the sources, chosen by name, is held out to validate on ("val").
 
     All clips of a source go together. Of a single source, both splits are all clips."""
-    sources = sorted({os.path.dirname(name) for name in names}, key=lambda source: zlib.crc32(source.encode()))
+    sources = sorted({os.path.dirname(name) for name in names}, key=lambda name: zlib.crc32(name.encode()))
     held_out = sources[:max(1, len(sources) // 20)]
     return [name for name in names if (os.path.dirname(name) in held_out) == (split == "val")] or list(names)
 
@@ -1013,7 +1032,7 @@ def check(folder, n_frames):
         for stride, (windows, holders, places) in table.items():
             print(f"{stage:8s} {shortest_clip(stage):5d} {stride:7d} {windows:8d} {holders:6d} {places:7d}")
         if not table:
-            print(f"{stage:8s} {shortest_clip(stage):5d}  no window: the longest clip has {max(lengths)} frames")
+            print(f"{stage:8s} {shortest_clip(stage):5d}  none: the longest clip has {max(lengths)} frames")
     if max(lengths) < n_frames:
         print(f"the longest clip has {max(lengths)} frames, plans for {n_frames} need {n_frames}: training "
               f"will draw from plans for {max(lengths)}")
@@ -1024,7 +1043,8 @@ def check(folder, n_frames):
     source = folder_clips(folder, {name: clips[name] for name in chosen})
     batch = source.windows(window_shapes("video", min(n_frames, int(source.lengths.max()))), 0, 0, 6)
     rows = [mark(to_pixels(video), given) for video, given in zip(batch["latents"], batch["given"])]
-    contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"]).save(os.path.join(folder, "sheet.png"))
+    sheet = contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"])
+    sheet.save(os.path.join(folder, "sheet.png"))
     print(f"wrote {folder}/sheet.png: a batch of --stage video, given frames green, new ones red")
     return not broken
 
@@ -1053,7 +1073,7 @@ def cache_path(folder, name):
 
 
 def read_entry(path):
-    """What the header of a cache entry says (source, weights, caption, frames), or {}: not there, not whole."""
+    """What the header of a cache entry says (source, weights, caption, frames); {}: there is no whole one."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("about", "{}"))
@@ -1102,8 +1122,9 @@ def cached_clips(folder, model, stage, split=None, drop=None, flips=True, n_fram
     needed, key = shortest_clip(stage, n_frames), weights_hash(model)
     usable = [name for name in clips if clips[name]["frames"] >= needed]
     if not usable:
-        raise ValueError(f"no clip in {folder} has the {needed} frames that --stage {stage} needs, the longest "
-                         f"has {max(clip['frames'] for clip in clips.values())}: see data.py --check {folder}")
+        longest = max(clip["frames"] for clip in clips.values())
+        raise ValueError(f"no clip in {folder} has the {needed} frames that --stage {stage} needs, the "
+                         f"longest has {longest}: see data.py --check {folder}")
     for name in split_names(usable, split) if split else usable:
         entry, clip = read_entry(cache_path(folder, name)), clips[name]
         if (entry.get("weights"), entry.get("caption"), entry.get("frames")) != (
@@ -1162,8 +1183,8 @@ def hardness(scores, held_out=()):
     """{clip: how hard it is, 0 to 1}: its rank among the losses of a stage, averaged over the stages.
 
     scores, held_out: files by train.py --score, one per stage, in the same order. held_out are those of
-    models that never saw these clips: a loss that is not lower for having trained on the clip means there was
-    nothing in it to learn, while a clip that is only rich is hard for both, and minus leaves nothing of it."""
+    models that never saw these clips. What is left of the loss is highest where training on the clip has not
+    helped: there was nothing in it to learn. A clip that is only rich is hard for both."""
     if held_out and [read_scores(path)[0] for path in held_out] != [read_scores(path)[0] for path in scores]:
         raise ValueError(f"--held_out needs one file for each of --scores, of the same stages in the same "
                          f"order; found {len(held_out)} for {len(scores)}")
@@ -1208,11 +1229,11 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     todo = p.add_mutually_exclusive_group(required=True)
     todo.add_argument("--preview", metavar="FILE", help="picture to write: .png, .jpg, .gif or .webp")
-    todo.add_argument("--prepare", metavar="VIDEOS", help="folder of videos, GIFs and folders of pictures, to "
-                      "make clips of in --out; captions are NAME.txt beside NAME.mp4, or metadata.csv (path,"
+    todo.add_argument("--prepare", metavar="VIDEOS", help="folder of videos, GIFs and folders of pictures to "
+                      "make clips of, in --out; captions are NAME.txt beside NAME.mp4, or metadata.csv (path,"
                       "text), or else the folder's name")
-    todo.add_argument("--check", metavar="DIR", help="say what is in a prepared folder and what training will "
-                      "find there, and write DIR/sheet.png")
+    todo.add_argument("--check", metavar="DIR", help="say what is in a prepared folder and what training "
+                      "will find there, and write DIR/sheet.png")
     todo.add_argument("--cache", metavar="DIR", help="encode the clips of a prepared folder with --weights")
     todo.add_argument("--drop_hardest", type=float, metavar="SHARE",
                       help="list the clips that --scores say are hardest, 0.1 for a tenth, in --out")
@@ -1222,16 +1243,16 @@ def parse(argv):
     p.add_argument("--size", type=int, default=64,
                    help="of a frame in pixels, a multiple of 8; 64 for the tiny preset, 512 for sd15")
     # preparing
-    p.add_argument("--fps", type=float, default=5.0, help="frames to keep per second; pictures in folders are "
-                   "taken one by one. A timelapse moves enough at 5")
+    p.add_argument("--fps", type=float, default=5.0, help="frames to keep per second; pictures in folders "
+                   "are taken one by one. A timelapse moves enough at 5")
     p.add_argument("--skip_start", type=float, default=0.0, help="seconds to leave out at the start: titles")
     p.add_argument("--skip_end", type=float, default=0.0, help="seconds to leave out at the end: credits")
-    p.add_argument("--format", default="png", choices=("png", "jpg"), help="of frames; jpg is 5 times smaller")
+    p.add_argument("--format", default="png", choices=("png", "jpg"), help="of frames; jpg takes less room")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="sources prepared at the same time")
     p.add_argument("--strict", action="store_true", help="exit with 1 if a source was refused")
     # what is left out: the changes from frame to frame are means over the picture, of 255
     p.add_argument("--cut_change", type=float, default=10.0, help="a cut changes at least so much")
-    p.add_argument("--cut_ratio", type=float, default=3.0, help="and so many times more than frames around it")
+    p.add_argument("--cut_ratio", type=float, default=3.0, help="and so many times what frames around it do")
     p.add_argument("--frozen", type=float, default=0.15, help="what stands still changes less than this")
     p.add_argument("--frozen_seconds", type=float, default=2.0, help="for at least so long")
     p.add_argument("--alike", type=float, default=0.9,
@@ -1246,7 +1267,8 @@ def parse(argv):
     p.add_argument("--held_out", nargs="+", default=[], metavar="FILE", help="the same by models trained on "
                    "other data, in the same order: taken off")
     args = p.parse_args(argv)
-    for name, needed in (("prepare", "out"), ("cache", "weights"), ("drop_hardest", "scores"), ("drop_hardest", "out")):
+    for name, needed in (("prepare", "out"), ("cache", "weights"), ("drop_hardest", "scores"),
+                         ("drop_hardest", "out")):
         if getattr(args, name) is not None and not getattr(args, needed):
             raise ValueError(f"--{name} needs --{needed}: see data.py --help")
     if args.prepare and (args.size < 16 or args.size % 8 or args.fps <= 0 or args.workers < 1):

@@ -57,11 +57,11 @@ def parse(argv):
     # data
     p.add_argument("--data", metavar="DIR", help="folder that data.py has prepared and encoded (--prepare, "
                    "--cache), instead of sky worlds; for the video stages")
-    p.add_argument("--drop", metavar="LIST", help="clips of --data not to train on, by data.py --drop_hardest")
+    p.add_argument("--drop", metavar="LIST", help="clips of --data not to train on: data.py --drop_hardest")
     p.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True,
-                   help="show half of the clips of --data mirrored, if their caption tells no left from right")
-    p.add_argument("--score", metavar="FILE", help="do not train: write the loss of every clip of --data here, "
-                   "by the temporal layers of --weights or --temporal")
+                   help="show clips of --data mirrored half of the time, if their caption tells no left")
+    p.add_argument("--score", metavar="FILE", help="do not train: write the loss of every clip of --data to "
+                   "this file, with the temporal layers of --weights or --temporal")
     p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "
                    "better and slower to prepare; default 4096 for image, 768 for video, else about 100")
     p.add_argument("--frames", type=int, default=121,

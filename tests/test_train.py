@@ -254,21 +254,22 @@ def own_clips(tmp_path_factory, small_weights):
             Image.fromarray(frame).save(place / "000" / f"{i + 1:05d}.png")
         (place / "000.txt").write_text(f"world {seed}\n")
         data.write_json(str(place / "source.json"), {"source": f"{seed}.mp4", "refused": None})
-        data.write_json(str(place / "000.json"), {"source": f"{seed}.mp4", "frames": 40, "size": 64, "fps": 5})
+        about = {"source": f"{seed}.mp4", "frames": 40, "size": 64, "fps": 5}
+        data.write_json(str(place / "000.json"), about)
     (folder / "dropped.csv").write_text("clip,reason,detail\n")
     data.cache(str(folder), small_weights)
     return folder
 
 
 def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, own_clips, monkeypatch):
-    """--data: 6 steps == 3 steps, a crash, --resume, 3 steps; and no clip is read that --drop names."""
+    """--data: 4 steps == 2 steps, a crash, --resume, 2 steps; and no clip is read that --drop names."""
     (tmp_path / "drop.txt").write_text("3.mp4/000\n")
-    own = dict(data=own_clips, drop=tmp_path / "drop.txt", max_steps=6, save_every=3)
+    own = dict(data=own_clips, drop=tmp_path / "drop.txt", max_steps=4, save_every=2)
     train.main(arguments(tmp_path / "whole", small_weights, **own))
     update = train.update_ema
 
     def crash(ema, parameters, decay, step):
-        if step == 5:
+        if step == 3:
             raise KeyboardInterrupt
         update(ema, parameters, decay, step)
 
@@ -277,7 +278,8 @@ def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, o
         train.main(arguments(tmp_path / "cut", small_weights, **own))
     monkeypatch.setattr(train, "update_ema", update)
     train.main(arguments(tmp_path / "cut", small_weights, **own) + ["--resume", "auto"])
-    whole, cut = (torch.load(tmp_path / run / "interp" / "ckpt.pt", weights_only=True) for run in ("whole", "cut"))
+    whole, cut = (torch.load(tmp_path / run / "interp" / "ckpt.pt", weights_only=True)
+                  for run in ("whole", "cut"))
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
     model = load_weights(small_weights)
     clips = lambda split: data.cached_clips(str(own_clips), model, "interp", split, str(own["drop"])).names
@@ -322,7 +324,8 @@ def test_scores_are_the_same_every_time_and_find_what_was_shuffled(tmp_path, own
     pictures = {i: (place / f"{i + 1:05d}.png").read_bytes() for i in range(40)}
     for i, frame in enumerate(frames):
         (place / f"{i + 1:05d}.png").write_bytes(pictures[frame])
-    (folder / "dropped.csv").write_text("clip,reason,detail\n" + "".join(f"{i}.mp4/000,short,\n" for i in range(4)))
+    few = "".join(f"{i}.mp4/000,short,\n" for i in range(4))
+    (folder / "dropped.csv").write_text("clip,reason,detail\n" + few)
     data.cache(str(folder), train.TINY_WEIGHTS)
     files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
     for file in files:
