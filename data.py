@@ -704,13 +704,13 @@ def prepare_source(name, caption, args):
     Returns its source.json: `refused` says why it has no clips, or is None."""
     path, final = os.path.join(args.prepare, name), os.path.join(args.out, "clips", name)
     about = {"source": name, "bytes": source_bytes(path), "caption": caption, "refused": None}
+    before = read_json(os.path.join(final, "source.json")) if os.path.exists(final) else {}
+    if before == about | {"refused": before.get("refused")}:
+        return before
     # a new name each time: the ffmpeg of a killed run may live on for a moment and write to the old one
     folder = tempfile.mkdtemp(dir=os.path.join(args.out, "unfinished"))
-    if os.path.exists(final):
-        before = read_json(os.path.join(final, "source.json"))
-        if before == about | {"refused": before["refused"]}:
-            return before
-        os.rename(final, f"{folder}.old")    # the source has changed since; all of it goes at once
+    if before:                               # the source has changed since: all of it goes at once
+        os.rename(final, f"{folder}.old")
     frames = os.path.join(folder, "frames")
     os.mkdir(frames)
     try:
@@ -881,7 +881,8 @@ def write_sheet(path, rows, most=48):
 def frame_paths(folder, name):
     """The pictures of a clip, in order."""
     place = os.path.join(folder, "clips", name)
-    return [os.path.join(place, file) for file in in_order(os.listdir(place))]
+    files = in_order(os.listdir(place))
+    return [os.path.join(place, file) for file in files if file.endswith((".png", ".jpg"))]
 
 
 def read_frames(paths):
@@ -945,26 +946,28 @@ def folder_clips(folder, clips, flips=True):
                  caption=lambda i, place: about[i]["caption"])
 
 
-def probes(stage, n_frames, most=4):
-    """Up to 4 windows of a stage that fit in n_frames, short to long, of the commonest number of frames."""
+def probes(stage, n_frames, count=4):
+    """What a clip is scored on: [(window, place, 0 to 1, in the clip)] of windows that fit in n_frames.
+
+    Windows from short to long, of the commonest number of frames; if there are few, at several places."""
     shapes = window_shapes(stage, n_frames)
     windows = {(window.frames, window.new): window for windows in shapes for window in windows}.values()
     sizes = [len(window.frames) for window in windows]
     size = max(sorted(set(sizes)), key=sizes.count)
     alike = sorted((window for window in windows if len(window.frames) == size),
                    key=lambda window: (window.frames[-1] - window.frames[0], window.frames, window.new))
-    return [alike[i * (len(alike) - 1) // max(1, most - 1)] for i in range(min(most, len(alike)))]
+    return [(alike[i * len(alike) // count], (i + 0.5) / count) for i in range(count)]
 
 
-def shortest_clip(stage, n_frames=121):
-    """The fewest frames a clip needs to hold any window of a stage."""
-    for n in range(2, n_frames + 1):
+def shortest_clip(stage):
+    """The fewest frames a clip needs to hold any window of a stage: the seed has all of them in 19."""
+    n = 2
+    while True:
         try:
             schedule.training_windows(stage, n)
             return n
         except ValueError:
-            continue
-    raise ValueError(f"no {stage} window fits in {n_frames} frames: ask for more --frames")
+            n += 1
 
 
 def count_windows(stage, lengths, n_frames):
@@ -972,7 +975,7 @@ def count_windows(stage, lengths, n_frames):
 
     The stride of a window is the commonest distance between its new frames and their neighbours."""
     longest = min(n_frames, max(lengths))
-    if longest < shortest_clip(stage, n_frames):
+    if longest < shortest_clip(stage):
         return {}
     table = {}
     for window in (window for windows in window_shapes(stage, longest) for window in windows):
@@ -1026,6 +1029,17 @@ def check(folder, n_frames):
     for name, reason, detail in dropped:
         if reason == "corrupt":
             print(f"refused: {name}: {detail}")
+    say_windows(lengths, n_frames)
+    broken = unreadable_clips(folder, clips)
+    for name, what in broken.items():
+        print(f"unreadable: {name}: {what}")
+    if len(broken) < len(clips):
+        sheet_of_batch(folder, {name: clip for name, clip in clips.items() if name not in broken}, n_frames)
+    return not broken
+
+
+def say_windows(lengths, n_frames):
+    """Print what training for plans of n_frames will find in clips of such lengths, by stage and stride."""
     print("stage    needs  stride  windows  clips  places")
     for stage in schedule.STAGES:
         table = count_windows(stage, lengths, n_frames)
@@ -1036,17 +1050,17 @@ def check(folder, n_frames):
     if max(lengths) < n_frames:
         print(f"the longest clip has {max(lengths)} frames, plans for {n_frames} need {n_frames}: training "
               f"will draw from plans for {max(lengths)}")
-    broken = unreadable_clips(folder, clips)
-    for name, what in broken.items():
-        print(f"unreadable: {name}: {what}")
-    chosen = split_names([name for name in clips if name not in broken], "train")
-    source = folder_clips(folder, {name: clips[name] for name in chosen})
+
+
+def sheet_of_batch(folder, clips, n_frames):
+    """Write FOLDER/sheet.png: the first batch of --stage video as pictures, given and new frames marked."""
+    source = folder_clips(folder, {name: clips[name] for name in split_names(clips, "train")})
     batch = source.windows(window_shapes("video", min(n_frames, int(source.lengths.max()))), 0, 0, 6)
     rows = [mark(to_pixels(video), given) for video, given in zip(batch["latents"], batch["given"])]
-    sheet = contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"])
-    sheet.save(os.path.join(folder, "sheet.png"))
-    print(f"wrote {folder}/sheet.png: a batch of --stage video, given frames green, new ones red")
-    return not broken
+    path = os.path.join(folder, "sheet.png")
+    contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"]).save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+    print(f"wrote {path}: the first batch of --stage video, given frames green, new ones red")
 
 
 def weights_hash(model):
@@ -1058,9 +1072,9 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def clip_hash(folder, name, caption):
-    """SHA-256 of the pictures of a clip and of its caption."""
-    digest = hashlib.sha256(caption.encode())
+def clip_hash(folder, name):
+    """SHA-256 of the pictures of a clip."""
+    digest = hashlib.sha256()
     for path in frame_paths(folder, name):
         with open(path, "rb") as file:
             digest.update(file.read())
@@ -1093,7 +1107,7 @@ def cache(folder, weights, device=None):
     model.to(device)
     key, made, clips = weights_hash(model), 0, kept_clips(folder)
     for name, clip in tqdm(clips.items(), desc="encoding", unit="clip"):
-        about = {"source": clip_hash(folder, name, clip["caption"]), "weights": key,
+        about = {"source": clip_hash(folder, name), "weights": key,
                  "caption": clip["caption"], "frames": clip["frames"]}
         path = cache_path(folder, name)
         if read_entry(path) == about:
@@ -1112,14 +1126,14 @@ def cache(folder, weights, device=None):
     return made
 
 
-def cached_clips(folder, model, stage, split=None, drop=None, flips=True, n_frames=121):
+def cached_clips(folder, model, stage, split=None, drop=None, flips=True):
     """Clips of a prepared folder as latents, long enough for a window of a stage; None as split: all of them.
 
     drop: file with names of clips not to train on; validation stays what it is, to be comparable. ValueError
     if the cache was made from other captions or by another model."""
     entries, clips = {}, kept_clips(folder)
     dropped = set(read_list(drop, clips)) if drop and split == "train" else set()
-    needed, key = shortest_clip(stage, n_frames), weights_hash(model)
+    needed, key = shortest_clip(stage), weights_hash(model)
     usable = [name for name in clips if clips[name]["frames"] >= needed]
     if not usable:
         longest = max(clip["frames"] for clip in clips.values())

@@ -153,7 +153,7 @@ def prepare_data(args, model, split, device):
         size = model.config.size
         return lambda step: {"images": data.picture_batch(split, args.seed, step, args.batch_size, size)}
     if args.data:
-        clips = data.cached_clips(args.data, model, args.stage, split, args.drop, args.flips, args.frames)
+        clips = data.cached_clips(args.data, model, args.stage, split, args.drop, args.flips)
         print(f"{len(clips.names)} clips of {args.data} to {'train' if split == 'train' else 'validate'} on")
         if split == "train":
             args.data_hash = clips.key   # goes into the checkpoint: what is drawn from must not change
@@ -321,16 +321,15 @@ def write_scores(args, model, device):
     """The loss of every clip of --data as a csv file (clip, stage, loss): what data.py --drop_hardest reads.
 
     The same windows, noise and levels for every clip, so that nothing but the clip makes the difference."""
-    clips = data.cached_clips(args.data, model, args.stage, n_frames=args.frames)
+    clips = data.cached_clips(args.data, model, args.stage)
     if not model.unet.temporal_hint.weight.any():   # it starts at zero
         raise ValueError("the temporal layers are untrained and know no hard clips: give trained ones as "
                          "--temporal")
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
-    rows, windows = [], data.probes(args.stage, min(args.frames, int(clips.lengths.min())))
+    rows, probes = [], data.probes(args.stage, min(args.frames, int(clips.lengths.min())))
     for i, name in enumerate(tqdm(clips.names, desc="scoring", unit="clip")):
-        room = [int(clips.lengths[i]) - (window.frames[-1] - window.frames[0]) for window in windows]
-        batch = clips.stack([clips.cut(window, i, (2 * k + 1) * places // (2 * len(windows)))
-                             for k, (window, places) in enumerate(zip(windows, room))])
+        room = lambda window: int(clips.lengths[i]) - (window.frames[-1] - window.frames[0])
+        batch = clips.stack([clips.cut(window, i, int(part * room(window))) for window, part in probes])
         rows.append({"clip": name, "stage": args.stage,
                      "loss": validation_loss(model, schedule, [batch], args, device, LEVELS[1::2])[0]})
     with open(f"{args.score}.tmp", "w", newline="") as file:
@@ -338,7 +337,7 @@ def write_scores(args, model, device):
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{args.score}.tmp", args.score)
-    print(f"wrote {args.score}: {len(rows)} clips, {len(windows)} windows each, at levels {LEVELS[1::2]}")
+    print(f"wrote {args.score}: {len(rows)} clips, {len(probes)} windows each, at levels {LEVELS[1::2]}")
 
 
 # ------------------------------------------------------------------------------------------------------------
