@@ -274,6 +274,11 @@ def picture_batch(split, seed, step, batch_size, size, per_world=4):
     return torch.cat(pictures, dim=1)[:, :batch_size].transpose(0, 1).contiguous()
 
 
+def reach(window):
+    """How many frames lie from the first frame of a `schedule.Window` to its last: it needs one more."""
+    return window.frames[-1] - window.frames[0]
+
+
 @dataclass
 class Clips:
     """Clips that batches are drawn from, wherever their frames are kept.
@@ -314,10 +319,9 @@ class Clips:
             if len(window.frames) != (length or len(window.frames)):
                 continue
             length = len(window.frames)
-            reach = window.frames[-1] - window.frames[0]
-            room = self.lengths - reach                          # places where the window can be laid
+            room = self.lengths - reach(window)                  # places where it can be laid
             if room.max() < 1:
-                raise ValueError(f"a window over {reach + 1} frames fits in no clip, the longest has "
+                raise ValueError(f"a window over {reach(window) + 1} frames fits in no clip, the longest has "
                                  f"{self.lengths.max()}: ask for shorter --frames")
             place, clip = int(rng.integers(room.max())), int(pick(np.flatnonzero(room > 0)))
             place = place * int(room[clip]) // int(room.max())             # the same part of a shorter clip
@@ -946,16 +950,15 @@ def folder_clips(folder, clips, flips=True):
                  caption=lambda i, place: about[i]["caption"])
 
 
-def probes(stage, n_frames, count=4):
-    """What a clip is scored on: [(window, place, 0 to 1, in the clip)] of windows that fit in n_frames.
+def probes(shapes, n_frames, count=4):
+    """What clips are scored on: [(window, place in the clip, 0 to 1)], of windows that fit in n_frames.
 
-    Windows from short to long, of the commonest number of frames; if there are few, at several places."""
-    shapes = window_shapes(stage, n_frames)
-    windows = {(window.frames, window.new): window for windows in shapes for window in windows}.values()
+    Short and long windows of the commonest number of frames; if there are few, each at several places."""
+    windows = {(window.frames, window.new): window for windows in shapes for window in windows
+               if reach(window) < n_frames}.values()
     sizes = [len(window.frames) for window in windows]
-    size = max(sorted(set(sizes)), key=sizes.count)
-    alike = sorted((window for window in windows if len(window.frames) == size),
-                   key=lambda window: (window.frames[-1] - window.frames[0], window.frames, window.new))
+    alike = [window for window in windows if len(window.frames) == max(sorted(set(sizes)), key=sizes.count)]
+    alike.sort(key=lambda window: (reach(window), window.frames, window.new))
     return [(alike[i * len(alike) // count], (i + 0.5) / count) for i in range(count)]
 
 
@@ -980,7 +983,7 @@ def count_windows(stage, lengths, n_frames):
     table = {}
     for window in (window for windows in window_shapes(stage, longest) for window in windows):
         gaps = [b - a for a, b in zip(window.frames, window.frames[1:]) if a in window.new or b in window.new]
-        stride, span = max(sorted(set(gaps)), key=gaps.count), window.frames[-1] - window.frames[0]
+        stride, span = max(sorted(set(gaps)), key=gaps.count), reach(window)
         windows, holders, places = table.get(stride, (0, set(), 0))
         table[stride] = (windows + 1, holders | {i for i, n in enumerate(lengths) if n > span},
                          places + sum(max(0, n - span) for n in lengths))

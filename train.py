@@ -320,17 +320,21 @@ def validation_loss(model, schedule, batches, args, device, levels=LEVELS):
 def write_scores(args, model, device):
     """The loss of every clip of --data as a csv file (clip, stage, loss): what data.py --drop_hardest reads.
 
-    The same windows, noise and levels for every clip, so that nothing but the clip makes the difference."""
+    The same windows, noise and levels for every clip, so that nothing but the clip makes the difference:
+    windows that fit in the shortest clip. Clips too short for any window that is trained have no score."""
     clips = data.cached_clips(args.data, model, args.stage)
     if not model.unet.temporal_hint.weight.any():   # it starts at zero
         raise ValueError("the temporal layers are untrained and know no hard clips: give trained ones as "
                          "--temporal")
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
-    rows, probes = [], data.probes(args.stage, min(args.frames, int(clips.lengths.min())))
-    for i, name in enumerate(tqdm(clips.names, desc="scoring", unit="clip")):
-        room = lambda window: int(clips.lengths[i]) - (window.frames[-1] - window.frames[0])
-        batch = clips.stack([clips.cut(window, i, int(part * room(window))) for window, part in probes])
-        rows.append({"clip": name, "stage": args.stage,
+    shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
+    shortest = min(data.reach(window) for windows in shapes for window in windows) + 1
+    scored = [i for i, length in enumerate(clips.lengths) if length >= shortest]   # the others train nothing
+    rows, probes = [], data.probes(shapes, min(clips.lengths[i] for i in scored))
+    for i in tqdm(scored, desc="scoring", unit="clip"):
+        batch = clips.stack([clips.cut(window, i, int(part * (clips.lengths[i] - data.reach(window))))
+                             for window, part in probes])
+        rows.append({"clip": clips.names[i], "stage": args.stage,
                      "loss": validation_loss(model, schedule, [batch], args, device, LEVELS[1::2])[0]})
     with open(f"{args.score}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, ["clip", "stage", "loss"], lineterminator="\n")

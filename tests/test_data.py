@@ -279,13 +279,15 @@ def test_captions_and_where_a_clip_comes_from(tmp_path):
         encode(v / name, source="testsrc2=size=96x64:rate=25:duration=3")
     (v / "a.txt").write_text("a red\n balloon ")
     (v / "metadata.csv").write_text("path,text\na.mp4,not this\nb.mp4,\"blue, and green\"\nlost.mp4,gone\n")
-    prepare(v, tmp_path / "out", "--skip_start", "1", "--skip_end", "0.6", "--alike", "2")
+    prepare(v, tmp_path / "out", "--skip_start", "1", "--skip_end", "0.6", "--alike", "2", "--format", "jpg")
     clips = data.kept_clips(str(tmp_path / "out"))
     assert {name: clip["caption"] for name, clip in clips.items()} == {
         "ApplyEyeMakeup/v_01.avi/000": "apply eye makeup", "a.mp4/000": "a red balloon",
         "b.mp4/000": "blue, and green"}
     clip = clips["a.mp4/000"]
     assert (clip["start"], clip["end"], clip["frames"], clip["crop"]) == (1.0, 2.4, 7, [64, 64, 16, 0])
+    frames = data.frame_paths(str(tmp_path / "out"), "a.mp4/000")
+    assert frames[0].endswith("00001.jpg") and data.read_frames(frames).shape == (3, 7, 64, 64)
     assert data.all_clips(str(tmp_path / "out"))[1]["lost.mp4"].startswith("metadata.csv names it")
 
 
