@@ -1220,6 +1220,8 @@ def hardness(scores, held_out=()):
 
 def drop_hardest(share, scores, held_out, path):
     """Write the names of the hardest clips to a file, the hardest first: one list for all stages."""
+    if not 0 < share < 1:
+        raise ValueError(f"--drop_hardest is a share between 0 and 1, found {share:g}: 0.1 drops a tenth")
     hard = hardness(scores, held_out)
     names = sorted(hard, key=lambda clip: (-hard[clip], clip))[:round(share * len(hard))]
     write_whole(path, "".join(f"{name}\n" for name in names))
@@ -1268,12 +1270,14 @@ def parse(argv):
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="sources prepared at the same time")
     p.add_argument("--strict", action="store_true", help="exit with 1 if a source was refused")
     # what is left out: the changes from frame to frame are means over the picture, of 255
-    p.add_argument("--cut_change", type=float, default=10.0, help="a cut changes at least so much")
-    p.add_argument("--cut_ratio", type=float, default=3.0, help="and so many times what frames around it do")
-    p.add_argument("--frozen", type=float, default=0.15, help="what stands still changes less than this")
-    p.add_argument("--frozen_seconds", type=float, default=2.0, help="for at least so long")
+    p.add_argument("--cut_change", type=float, default=10.0,
+                   help="a cut changes at least so much (%(default)g)")
+    p.add_argument("--cut_ratio", type=float, default=3.0,
+                   help="and so many times what the frames around it do (%(default)g)")
+    p.add_argument("--frozen", type=float, default=0.15, help="less change is standing still (%(default)g)")
+    p.add_argument("--frozen_seconds", type=float, default=2.0, help="if it lasts so long (%(default)g)")
     p.add_argument("--alike", type=float, default=0.9,
-                   help="clips whose edges correlate more are duplicates; 2 keeps all")
+                   help="clips whose edges correlate more are duplicates (%(default)g); 2 keeps all")
     p.add_argument("--min_frames", type=int, default=19,
                    help="shorter clips are left out; 19 is what --stage extrap needs")
     # after preparing

@@ -59,7 +59,7 @@ def parse(argv):
                    "--cache), instead of sky worlds; for the video stages")
     p.add_argument("--drop", metavar="LIST", help="clips of --data not to train on: data.py --drop_hardest")
     p.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True,
-                   help="show clips of --data mirrored half of the time, if their caption tells no left")
+                   help="show half of --data mirrored, but no clip whose caption says left or right")
     p.add_argument("--score", metavar="FILE", help="do not train: write the loss of every clip of --data to "
                    "this file, with the temporal layers of --weights or --temporal")
     p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "

@@ -507,7 +507,8 @@ def test_the_hardest_clips_are_listed_by_their_ranks(tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["--prepare", "nowhere", "--out", "x"], "is not a folder"), (["--prepare", "."], "needs --out"),
     (["--check", "nowhere"], "not a prepared folder"), (["--cache", "nowhere"], "needs --weights"),
-    (["--drop_hardest", "0.1", "--scores", "nowhere", "--out", "x"], "holds no scores")])
+    (["--drop_hardest", "0.1", "--scores", "nowhere", "--out", "x"], "holds no scores"),
+    (["--drop_hardest", "10", "--scores", "nowhere", "--out", "x"], "between 0 and 1")])
 def test_bad_folders_are_named(argv, words, tmp_path, monkeypatch):
     """One sentence, before anything is written."""
     monkeypatch.chdir(tmp_path)
