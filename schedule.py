@@ -21,9 +21,10 @@ Filling between frames that stand far apart: FDM (arXiv 2205.11495), NUWA-XL (ar
 """
 
 import argparse
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 STAGES = ("starter", "extrap", "interp")
 PICTURE_COLUMNS = 127   # with its labels a picture stays within 140 columns
@@ -107,12 +108,18 @@ def ladder(n_frames: int, given=(0,), max_stride: int = 16, width: int = 7, rati
         raise ValueError("a fill has 4 given and ratio - 1 new frames, so expected ratio >= 2, "
                          "width >= ratio + 3 and max_stride >= 1 (try 4, 7 and 16), found "
                          f"{ratio}, {width} and {max_stride}")
-    stride = 1
-    while stride * (width - 1) < n_frames - 1 and stride * ratio <= max_stride:
-        stride *= ratio
+    stride = key_stride(n_frames, max_stride, width, ratio)
     keys = skeleton(user, n_frames, stride, width)
     known = sorted([*user, *(frame for _, new in keys for frame in new)])
     return build([*keys, *fills(known, stride, ratio, red_black)])
+
+
+def key_stride(n_frames, max_stride=16, width=7, ratio=4) -> int:
+    """How far apart the ladder lays its keys: the power of ratio with which one window spans the video."""
+    stride = 1
+    while stride * (width - 1) < n_frames - 1 and stride * ratio <= max_stride:
+        stride *= ratio
+    return stride
 
 
 def skeleton(user, n_frames, stride, width):
@@ -154,6 +161,33 @@ def fills(known, stride, ratio, red_black):
                 yield known[max(0, i - 1):i + 3], new
                 fresh += new
             known = sorted(known + fresh)   # only after the turn: its windows must not wait for each other
+
+
+def extension(n_frames: int, known: int, max_stride: int = 16) -> list[Window]:
+    """The windows that lengthen a finished video of `known` frames to n_frames, by the ladder.
+
+    They are those of a ladder that has come this far: the last frame is its last key, the one before lies a
+    stride back. So what joins old and new is laid out like what joins the rest. ValueError if nothing is new."""
+    if not 1 <= known < n_frames:
+        raise ValueError(f"a video of {known} frames cannot be lengthened to {n_frames}: ask for more frames")
+    last = known - 1
+    given = {0, max(0, last - key_stride(n_frames, max_stride)), last}
+    plan = ladder(n_frames, given, max_stride)   # no gap reaches over a given frame, so no window does both
+    return build((window.given, window.new) for window in plan if window.new[0] > last)
+
+
+def cut(plan, borders) -> list[Window]:
+    """The plan with every window cut in two that makes frames on both sides of a border, the left ones first.
+
+    borders: the first frames of segments, increasing; so each window can have the prompt of its segment."""
+    steps = []
+    for window in plan:
+        given = window.given
+        for _, new in groupby(window.new, key=lambda frame: bisect_right(borders, frame)):
+            new = tuple(new)
+            steps.append((given, new))
+            given += new
+    return build(steps)
 
 
 PLANNERS = {"ladder": ladder, "seed": seed}
@@ -240,6 +274,33 @@ def makespan(plan, devices) -> int:
         busy[time] += 1
         done.append(time + 1)
     return max(done, default=0)
+
+
+def assign(batches, costs, devices) -> list[tuple[int, float]]:
+    """Who runs which batch, and when it ends: (device, end) for each, in the unit of costs.
+
+    A batch is a list of windows that go through the UNet together. In the order of the list each goes to the
+    device that can start it first, which is when the device is free and all given frames are made. A function
+    of its arguments alone: every process works it out for itself. ValueError if devices < 1."""
+    if devices < 1:
+        raise ValueError(f"a plan runs on at least 1 device, found {devices}: ask for 1 or more")
+    free, ready, places = [0] * devices, {}, []   # ready: frame -> when it is made
+    for batch, cost in zip(batches, costs):
+        given = max(ready.get(frame, 0) for window in batch for frame in window.given)
+        # of the devices that would wait, the one that waits least
+        device = min(range(devices), key=lambda i: (max(free[i], given), -free[i]))
+        free[device] = max(free[device], given) + cost
+        ready.update((frame, free[device]) for window in batch for frame in window.new)
+        places.append((device, free[device]))
+    return places
+
+
+def traffic(batches, places) -> int:
+    """How often a window reads a frame that another device has made, if batches run as assign() says."""
+    home = {frame: device for batch, (device, _) in zip(batches, places)
+            for window in batch for frame in window.new}
+    return sum(home.get(frame, device) != device for batch, (device, _) in zip(batches, places)
+               for window in batch for frame in window.given)
 
 
 def show(plan, n_frames) -> str:

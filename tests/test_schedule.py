@@ -1,11 +1,13 @@
 """Run: python -m pytest -q tests/test_schedule.py"""
 
+import time
 from dataclasses import replace
 
 import pytest
 
 import schedule
-from schedule import PLANNERS, ladder, main, makespan, seed, show, stats, training_windows, verify
+from schedule import (PLANNERS, cut, extension, ladder, main, makespan, seed, show, stats, training_windows,
+                      verify)
 
 LENGTHS = [*range(1, 201), 500, 2300, 10000]
 
@@ -164,3 +166,62 @@ def test_the_command_prints_the_plan_and_refuses_in_one_sentence(capsys):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert "found" in stop.value.code and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("max_stride", (16, 64))
+def test_an_extension_makes_the_rest_once_and_joins_like_the_ladder(max_stride):
+    """Every frame from the old end on is made once, from frames that exist; windows at the join are no new kind.
+
+    Shifted to the join, each fill of the extension is a fill of a plain ladder."""
+    fills = {tuple(f - w.frames[0] for f in w.frames) for n in (385, 386, 390, 401, 449)
+             for w in ladder(n, max_stride=max_stride) if w.stage == "interp"}
+    for known, n in ((1, 2), (5, 60), (121, 122), (121, 181), (97, 400), (121, 2300), (500, 10000)):
+        plan = extension(n, known, max_stride)
+        verify(plan, n, range(known))
+        assert sorted(f for w in plan for f in w.new) == list(range(known, n))
+        assert all(len(w.frames) <= 7 and w.frames[-1] < n for w in plan)
+        if known > max_stride and (n - known) % max_stride == 0:
+            assert all(tuple(f - w.frames[0] for f in w.frames) in fills for w in plan if w.stage == "interp")
+    with pytest.raises(ValueError, match="121 frames cannot be lengthened to 121"):
+        extension(121, 121)
+
+
+@pytest.mark.parametrize("borders", ((0,), (0, 60), (0, 1, 2, 3), (0, 33, 34, 100)))
+def test_a_cut_plan_makes_no_window_across_a_border(borders):
+    """Each window makes frames of one segment; all frames are still made once, in windows of no more frames."""
+    for plan, n, given in ((ladder(121), 121, (0,)), (ladder(121, (0, 120)), 121, (0, 120)), (seed(43), 43, (0,))):
+        parts = cut(plan, borders)
+        verify(parts, n, given)
+        assert all(len({sum(f >= border for border in borders) for f in w.new}) == 1 for w in parts)
+        assert max(len(w.frames) for w in parts) <= max(len(w.frames) for w in plan)
+    assert cut(ladder(121), (0,)) == ladder(121)
+
+
+def test_plans_of_long_videos_are_quick_and_shallow():
+    """2300 and 10,000 frames are planned and verified in under a second; stride 64 keeps them shallow."""
+    for n, stride, levels in ((121, 16, 6), (500, 16, 12), (2300, 64, 15), (10000, 64, 45)):
+        begun = time.perf_counter()
+        plan = ladder(n, max_stride=stride)
+        verify(plan, n)
+        assert time.perf_counter() - begun < 1 and stats(plan)["levels"] <= levels
+
+
+@pytest.mark.parametrize("devices", (1, 2, 4, 8))
+def test_batches_are_assigned_to_devices_that_are_free_after_what_they_read(devices):
+    """No device runs two batches at once, none starts before its given frames, and one device never waits."""
+    batches = [[w for w in ladder(500) if w.level == level][i:i + 3] for level in range(12)
+               for i in range(0, 40, 3)]
+    batches = [batch for batch in batches if batch]
+    costs = [len(batch) for batch in batches]
+    places = schedule.assign(batches, costs, devices)
+    ends, busy = {0: 0}, {device: 0 for device in range(devices)}
+    for batch, cost, (device, end) in zip(batches, costs, places):
+        assert end - cost >= max([busy[device], *(ends[f] for w in batch for f in w.given)])
+        busy[device] = end
+        ends.update((f, end) for w in batch for f in w.new)
+    assert devices > 1 or max(ends.values()) == sum(costs)
+    assert sum(costs) / devices <= max(ends.values()) <= sum(costs)
+    reads = schedule.traffic(batches, places)
+    assert reads == 0 if devices == 1 else 0 < reads < sum(len(w.given) for w in ladder(500))
+    single = schedule.assign([[w] for w in ladder(121)], [1] * 40, devices)
+    assert max(end for _, end in single) == makespan(ladder(121), devices)
