@@ -4,26 +4,38 @@
     python sample.py --frames 121 --image photo.png    from a picture of yours
     python sample.py --frames 121 --prompt "wind left fast, few clouds, dusk, red balloon"
     python sample.py --frames 121 --world 3            from the first frame of a test world, beside its truth
+    python sample.py --frames 121 --keyframes 0:a.png 120:b.png    between pictures; --loop: back to the first
+    python sample.py --resume --out out/sample_001     go on with a run that was stopped
+    python sample.py --extend 60 --out out/sample_001  60 frames more
+    torchrun --standalone --nproc_per_node=2 sample.py --frames 121     the same video by two processes
     python sample.py --evaluate                        schedules against the truth on 64 test worlds
 
-A run writes one folder: args.json, frames/00001.png, video.gif, video.webp, video.mp4 (with ffmpeg),
-sheet.png, drift.png, metrics.csv and latents.safetensors.
+A run writes one folder: args.json, latents.safetensors and frames/00001.png on the way, frames as soon as
+they are final; then video.gif, video.webp, video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv.
+What it keeps in memory does not grow with the video, but for the plan and a few numbers of each frame.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
+import struct
 import subprocess
+import sys
+import tempfile
 import time
+from bisect import bisect_right
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import groupby
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
@@ -31,8 +43,11 @@ from convert_sd_weights import merge_lora
 from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
                        rescale_guidance)
 from model import PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, read_weights
-from schedule import PLANNERS, STAGES, show, stats, verify
+from schedule import (PLANNERS, STAGES, assign, by_frame, costs, cut, extension, gain, ladder, length, show,
+                      verify)
 
+FILL_GAP = 16               # between known frames farther apart so much is open that --fill_steps are too few
+ANIMATION_FRAMES = 241      # longer videos get no GIF and WebP, whose writers keep all frames in memory
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
 # guidance, noise of frames the model made
@@ -47,15 +62,23 @@ def parse(argv):
     p.add_argument("--image", metavar="FILE", help="first frame: a picture, cropped to a square and resized")
     p.add_argument("--world", type=int, metavar="N",
                    help="first frame and caption of the N-th test world, whose truth is known")
+    p.add_argument("--keyframes", nargs="+", default=[], metavar="FRAME:FILE",
+                   help="pictures that the video passes through, by frame, counted from 0: 0:a.png 120:b.png")
+    p.add_argument("--loop", action="store_true", help="the last frame leads back into the first")
     p.add_argument("--prompt", help="default for the tiny preset: a caption drawn with --seed. Its words: "
                    "wind left|right slow|fast, few|some|many clouds, dawn|day|dusk|night, "
                    "red|green|violet|yellow balloon")
+    p.add_argument("--prompts", nargs="+", default=[], metavar="FRAME:TEXT",
+                   help='the prompt from a frame on, for each segment: "0:dawn" "60:night"; before the first '
+                   "of them --prompt holds")
     p.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same video, bit for bit")
     p.add_argument("--fps", type=int, default=12, help="of the written videos")
     # how
     p.add_argument("--schedule", default="ladder", choices=list(PLANNERS),
                    help="which frames are made from which")
+    p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key of the ladder; 64 "
+                   "makes videos of thousands of frames less deep, but training must have shown it")
     p.add_argument("--steps", type=int, help="DDIM steps of a window that starts a video or goes on; default "
                    "10 for tiny, 30 for sd15; a first frame from nothing takes at least 20")
     p.add_argument("--fill_steps", type=int, help="of a window that fills between known frames, where less "
@@ -77,19 +100,26 @@ def parse(argv):
     p.add_argument("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA files for Stable "
                    "Diffusion 1.x in kohya's layout, each at full strength or times SCALE")
     p.add_argument("--batch_size", type=int, default=8,
-                   help="windows that go through the UNet together; less needs less memory")
+                   help="windows that go through the UNet together; less needs less memory, and is shared "
+                   "out more evenly over processes (try 2). Sums are rounded differently: +-1 of 255")
     p.add_argument("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together")
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     # where, and what else
     p.add_argument("--out", help="folder of this run; default the next free out/sample_NNN")
-    p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
-    p.add_argument("--plan", action="store_true", help="print the plan and stop")
+    p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out; what the "
+                   "command line leaves out is as it was")
+    p.add_argument("--extend", type=int, metavar="N", help="make the finished video in --out N frames longer")
+    p.add_argument("--plan", action="store_true",
+                   help="print the plan, its costs and what 2, 4 and 8 processes would gain, and stop")
     p.add_argument("--evaluate", nargs="*", choices=list(PLANNERS), metavar="SCHEDULE",
                    help="compare schedules, default all, with the truth on test worlds")
     p.add_argument("--worlds", type=int, default=64, help="how many worlds --evaluate uses")
     p.add_argument("--split", default="test", choices=("val", "test"),
                    help="which worlds: choose settings on val, report on test")
+    p.set_defaults(known=0)   # frames that were finished before --extend
     args = p.parse_args(argv)
+    if args.resume or args.extend is not None:
+        args = continued(p, argv, args)
     for name, value in zip(("steps", "fill_steps", "guidance_scale", "aug"), DEFAULTS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -105,9 +135,169 @@ def parse(argv):
     return args
 
 
+def continued(parser, argv, args):
+    """The arguments of the run in --out, for --resume and --extend. ValueError if argv has others."""
+    extend, path = args.extend, os.path.join(args.out or "", "args.json")
+    if extend is not None and (args.resume or extend < 1):
+        raise ValueError(f"--extend {extend}: give the number of frames to add, at least 1, and not "
+                         "--resume, which finishes what was begun; extend it then")
+    if not os.path.exists(path):
+        raise ValueError(f"{args.out} holds no run to go on with: leave --resume and --extend away, "
+                         "or give the folder of the run as --out")
+    with open(path) as file:
+        old = json.load(file)
+    args = parser.parse_args(argv, argparse.Namespace(**old))   # what argv leaves out stays as it was
+    free = {"resume", "extend", "out", "device", "plan"} | ({"prompt", "prompts"} if extend else set())
+    for name, value in vars(args).items():
+        if name not in free and old.get(name, value) != value:
+            raise ValueError(f"the run in {args.out} was started with --{name} {old[name]}, now it is "
+                             f"{value}: give the same arguments to go on, or another --out folder")
+    args.resume, args.extend = True, None
+    if extend is not None:
+        if args.loop:
+            raise ValueError(f"{args.out} holds a loop, which has no end to extend: make a longer one")
+        if not is_written(args.out, range(args.frames)):
+            raise ValueError(f"the video in {args.out} is not finished: --resume it first, then --extend it")
+        args.known, args.frames = args.frames, args.frames + extend
+    return args
+
+
+def frame_plan(args):
+    """The plan of a run, checked; the frames it starts from, known to the user; first frames of its segments.
+
+    A loop has one frame more, equal to frame 0: the windows at the end are given it, and it is not shown."""
+    keys, segments = by_frame(args.keyframes, "keyframes"), by_frame(args.prompts, "prompts")
+    if max([*keys, *segments], default=0) >= args.frames:
+        raise ValueError(f"--keyframes and --prompts name frames 0 to {args.frames - 1} of {args.frames}, "
+                         f"found {max([*keys, *segments])}: frames are counted from 0")
+    if 0 in keys and (args.image or args.world is not None):
+        raise ValueError(f"frame 0 is {keys[0]}, and --image or --world shows one too: leave one away")
+    from_start = not keys or bool(args.image) or args.world is not None
+    given = sorted({*keys, *[0] * from_start, *[args.frames] * args.loop})
+    if args.loop and given[0] != 0:
+        raise ValueError(f"--loop leads to frame 0, but the first picture is at {given[0]}: add one at 0")
+    if args.schedule == "seed" and (given != [0] or args.known or args.max_stride != 16):
+        raise ValueError("--schedule seed only goes on from frame 0: leave it away for --keyframes, --loop, "
+                         "--extend and --max_stride")
+    if args.known:
+        plan = extension(args.frames, args.known, args.max_stride)
+    elif args.schedule == "seed":
+        plan = PLANNERS["seed"](args.frames)
+    else:
+        plan = ladder(args.frames + args.loop, given, args.max_stride)
+    borders = sorted({0, *segments})
+    plan = cut(plan, borders)
+    verify(plan, args.frames + args.loop, range(args.known) if args.known else given)
+    return plan, given, borders
+
+
+def print_plan(plan, args):
+    """A plan as a picture, its costs, and what sharing its windows out over processes would gain."""
+    print(show(plan, args.frames + args.loop))
+    print(f"plan {args.schedule}: {costs(plan)}")
+    config, (batches, work) = PRESETS[args.preset], make_batches(plan, 1, args)
+    size = 16 * (config.size // config.vae_factor) ** 2   # bytes of a frame: 4 channels of float32
+    for devices in (2, 4, 8):
+        faster, reads = gain([[window for _, window in batch] for batch in batches], work, devices)
+        print(f"{devices} processes: {faster:.2f} times as fast as one, {faster / devices:.0%} efficient; "
+              f"{reads * size / 1e6:.1f} MB of latents read from one another")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents on disk
+# ------------------------------------------------------------------------------------------------------------
+
+class Store:
+    """The latents of one video on disk: store[:, [0, 4, 8]] reads and writes like a tensor (4, f, h, w).
+
+    A safetensors file, valid at every moment: latents (f, 4, h, w) float32 and made (f,), 0 or 1. A frame
+    is marked as made after it is written, so a process that is killed loses only what it was working on (a
+    power cut may lose more), and the processes of one machine can share the file. It is read and written in
+    place, not mapped into memory: only the frames of a batch are ever there."""
+
+    def __init__(self, path):
+        self.path, self.file = path, open(path, "r+b", buffering=0)
+        length, = struct.unpack("<Q", self.file.read(8))
+        header = json.loads(self.file.read(length))
+        if "made" not in header:
+            raise ValueError(f"{path} was written by an older version, which kept no marks: start a new run")
+        self.length, *self.shape = header["latents"]["shape"]
+        self.start, self.bytes = 8 + length, 4 * math.prod(self.shape)
+
+    @classmethod
+    def create(cls, path, length, shape):
+        """A store for `length` frames of latents `shape`, (4, h, w), none of them made."""
+        size = length * 4 * math.prod(shape)
+        header = json.dumps({
+            "latents": {"dtype": "F32", "shape": [length, *shape], "data_offsets": [0, size]},
+            "made": {"dtype": "U8", "shape": [length], "data_offsets": [size, size + length]}}).encode()
+        header += b" " * (-len(header) % 8)   # the format wants its data aligned
+        with complete(path) as unfinished, open(unfinished, "wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + size + length)   # zeros that take no room on the disk
+        return cls(path)
+
+    def lengthen(self, length):
+        """A store for more frames in place of this one, with the same latents."""
+        with complete(self.path) as unfinished:
+            longer = Store.create(unfinished, length, self.shape)
+            for frame in range(self.length):
+                longer[:, [frame]] = self[:, [frame]]
+            for store in (self, longer):
+                store.file.close()
+        return Store(self.path)
+
+    def __getitem__(self, key):
+        rows = []
+        for frame in key[1]:
+            self.file.seek(self.start + frame * self.bytes)
+            rows.append(self.file.read(self.bytes))
+        latents = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float32)
+        return latents.view(-1, *self.shape).transpose(0, 1).contiguous()
+
+    def __setitem__(self, key, latents):
+        for frame, row in zip(key[1], latents.transpose(0, 1)):
+            self.file.seek(self.start + frame * self.bytes)
+            self.file.write(row.contiguous().numpy().tobytes())
+        for frame in key[1]:
+            self.file.seek(self.start + self.length * self.bytes + frame)
+            self.file.write(b"\1")
+
+    def made(self, frames):
+        """Whether all these frames, in increasing order, are made."""
+        self.file.seek(self.start + self.length * self.bytes + frames[0])
+        marks = self.file.read(frames[-1] - frames[0] + 1)
+        return all(marks[frame - frames[0]] for frame in frames)
+
+
+@contextmanager
+def complete(path):
+    """A name to write to. The file gets its own name when it is complete, and not if anything fails."""
+    root, ending = os.path.splitext(path)
+    yield f"{root}.tmp{ending}"
+    os.replace(f"{root}.tmp{ending}", path)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 # ------------------------------------------------------------------------------------------------------------
+
+def steps_of(window, args):
+    """How many steps a window takes: --fill_steps between known frames that are close, else --steps."""
+    return args.fill_steps if window.gap <= FILL_GAP else args.steps
+
+
+def make_batches(plan, videos, args):
+    """Lists of (video index, window) that go through the UNet together, alike and of one level; their costs.
+
+    In an order in which they can run. Cut without regard to what is done already, or by how many processes:
+    so every run multiplies the same matrices and rounds alike. A cost is in frames times steps."""
+    kind = lambda job: (job[1].level, -steps_of(job[1], args), job[1].stage, len(job[1].frames))
+    jobs = sorted(((video, window) for window in plan for video in range(videos)), key=kind)
+    groups, size = [list(group) for _, group in groupby(jobs, kind)], args.batch_size
+    batches = [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+    return batches, [sum(len(w.frames) * steps_of(w, args) for _, w in batch) for batch in batches]
+
 
 class Sampler:
     """A model with the choices of one run: how its UNet is asked, and at which noise levels.
@@ -152,9 +342,10 @@ class Sampler:
         steps = max(self.args.steps, FIRST_FRAME_STEPS)
         return self.denoise(noise, torch.zeros_like(new).long(), new, self.contexts(prompts), steps)
 
-    def windows(self, jobs, latents, contexts, seeds, user):
+    def windows(self, jobs, latents, contexts, seeds, user, borders=(0,)):
         """Make the new frames of jobs (video index, window) of equal kind; puts them into `latents`."""
-        index = torch.tensor([video for video, _ in jobs], device=self.device)
+        segment = lambda window: bisect_right(borders, window.new[0]) - 1
+        index = torch.tensor([video * len(borders) + segment(w) for video, w in jobs], device=self.device)
         frames = torch.tensor([w.frames for _, w in jobs], device=self.device)  # (b, f), like new and made
         new = torch.tensor([[frame in w.new for frame in w.frames] for _, w in jobs], device=self.device)
         made = torch.tensor([[frame not in user for frame in w.frames] for _, w in jobs], device=self.device)
@@ -171,47 +362,42 @@ class Sampler:
             x_t = self.schedule.q_sample(x, t_given, noise("aug"))
             x = torch.where(noised[:, None, :, None, None], x_t, x)
         x = torch.where(new[:, None, :, None, None], noise("start"), x)
-        steps = self.args.fill_steps if jobs[0][1].stage == "interp" else self.args.steps
-        x = self.denoise(x, t_given, new, [context[index] for context in contexts], steps, frames)
+        steps = steps_of(jobs[0][1], self.args)
+        x = self.denoise(x, t_given, new, [context[index] for context in contexts], steps, frames).cpu()
+        if not torch.isfinite(x).all():
+            raise ValueError(f"level {jobs[0][1].level} of the plan made numbers that are not finite: "
+                             "try --device cpu or fewer --steps")
         for row, (video, window) in enumerate(jobs):
-            for place, frame in enumerate(window.frames):
-                if frame in window.new:
-                    latents[video][:, frame] = x[row, :, place].cpu()
+            places = [window.frames.index(frame) for frame in window.new]
+            latents[video][:, list(window.new)] = x[row][:, places]
 
     @torch.no_grad()
-    def run(self, plan, latents, contexts, seeds, user=(0,), after_level=None, done=()):
-        """Run a plan for several videos at once, level by level, in batches of equal stage and length.
+    def run(self, plan, stores, contexts, seeds, user=(0,), borders=(0,), after_batch=None, rank=0, world=1):
+        """Run a plan for several videos at once: the batches that are the share of process `rank` of `world`.
 
-        latents: (n, 4, frames, h, w) on the CPU with the `user` frames filled in; the rest is written in
-        place. after_level(latents, frames made so far) is called when a level is complete. `done` frames are
-        not made again."""
-        bar = tqdm(total=len(plan) * len(seeds), desc="windows", unit="window", mininterval=1)
-        known = set(user) | set(done)
-        for level in range(max((window.level for window in plan), default=-1) + 1):
-            todo = [window for window in plan if window.level == level and not set(window.new) <= known]
-            kind = lambda window: (window.stage, len(window.frames))  # what goes through the UNet together
-            for stage, length in sorted(set(map(kind, todo))):
-                if self.layers:
-                    self.model.unet.load_state_dict(self.layers[stage], strict=False)
-                jobs = [(video, w) for w in todo if kind(w) == (stage, length) for video in range(len(seeds))]
-                for start in range(0, len(jobs), self.args.batch_size):
-                    batch = jobs[start:start + self.args.batch_size]
-                    self.windows(batch, latents, contexts, seeds, user)
-                    bar.update(len(batch))
-            known |= {frame for window in todo for frame in window.new}
-            if not torch.isfinite(latents[:, :, sorted(known)]).all():
-                raise ValueError(f"level {level} of the plan made numbers that are not finite: "
-                                 "try --device cpu or fewer --steps")
-            if after_level:
-                after_level(latents, sorted(known))
+        stores: one Store per video with the `user` frames, into which the rest is written; what is made there
+        is not made again. contexts: one for each video and each segment that begins at a frame of `borders`.
+        after_batch() is called when frames have been made."""
+        batches, work = make_batches(plan, len(stores), self.args)
+        places = assign([[window for _, window in batch] for batch in batches], work, world)
+        mine = [batch for batch, (device, _) in zip(batches, places) if device == rank]
+        bar = tqdm(total=sum(map(len, mine)), desc="windows", unit="window", mininterval=1, disable=rank > 0)
+        loaded = None
+        for batch in mine:
+            if all(stores[video].made(window.new) for video, window in batch):
+                bar.update(len(batch))
+                continue
+            while not all(stores[video].made(window.given) for video, window in batch):
+                time.sleep(0.002)   # another process is at work on them
+            stage = batch[0][1].stage
+            if self.layers and stage != loaded:
+                self.model.unet.load_state_dict(self.layers[stage], strict=False)
+                loaded = stage
+            self.windows(batch, stores, contexts, seeds, user, borders)
+            bar.update(len(batch))
+            if after_batch:
+                after_batch()
         bar.close()
-        return latents
-
-
-def empty_latents(videos, plan, n_frames, config, size):
-    """Room for every frame of a plan, padding included: zeros (n, 4, frames, h, w)."""
-    length = max([n_frames - 1, *(frame for window in plan for frame in window.frames)]) + 1
-    return torch.zeros(videos, 4, length, size // config.vae_factor, size // config.vae_factor)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -354,12 +540,32 @@ def free_folder():
     return path
 
 
-def save_latents(path, latents, frames):
-    """Write latents (1, 4, f, h, w) with the list of the frames that are finished.
+def frame_path(folder, frame):
+    """Where a frame is written. Files count from 1."""
+    return os.path.join(folder, "frames", f"{frame + 1:05d}.png")
 
-    The file is complete under its name or not there."""
-    save_file({"latents": latents.contiguous(), "frames": torch.tensor(frames)}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+
+def read_frames(folder, frames):
+    """Written frames as pixels (f, H, W, 3) uint8."""
+    return np.stack([np.array(Image.open(frame_path(folder, frame))) for frame in frames])
+
+
+def is_written(folder, frames):
+    """Whether all these frames are written, and so final."""
+    return all(os.path.exists(frame_path(folder, frame)) for frame in frames)
+
+
+def write_ready(args, model, device, store, pictures, pending):
+    """Decode and write those lists of frames in `pending` whose latents are made, and take them off it.
+
+    pictures: {frame: (3, 1, H, W)}, frames that were given and come back as they were."""
+    for frames in [frames for frames in pending if store.made(frames)]:
+        video = model.vae.decode(store[:, frames][None].to(device), args.decode_chunk)[0].cpu()
+        for place, frame in enumerate(frames):
+            pixels = data.to_pixels(pictures.get(frame, video[:, place:place + 1]))[0]
+            with complete(frame_path(args.out, frame)) as path:
+                Image.fromarray(pixels).save(path)
+        pending.remove(frames)
 
 
 def write_mp4(folder, fps):
@@ -367,58 +573,75 @@ def write_mp4(folder, fps):
 
     Even size and yuv420p, or browsers do not play it."""
     if shutil.which("ffmpeg") is None:
-        print("no ffmpeg found: wrote video.webp and video.gif but no video.mp4")
-        return []
+        print("no ffmpeg found: wrote no video.mp4")
+        return
     scale = "scale='if(lt(iw,256),256*ceil(iw/256),ceil(iw/2)*2)':-2:flags=bicubic"
-    frames, path = os.path.join(folder, "frames", "%05d.png"), os.path.join(folder, "video.mp4")
-    subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-framerate", str(fps), "-i", frames, "-vf", scale,
-                    "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags", "+faststart", path],
-                   check=True)
-    return [path]
+    frames = os.path.join(folder, "frames", "%05d.png")
+    with complete(os.path.join(folder, "video.mp4")) as path:
+        subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-framerate", str(fps), "-i", frames,
+                        "-vf", scale, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18",
+                        "-movflags", "+faststart", path], check=True)
 
 
-def write_video(folder, pixels, fps):
-    """Everything one can look at. pixels (f, H, W, 3) uint8.
-
-    Numbered frames, GIF, WebP, MP4 and a contact sheet."""
-    os.makedirs(os.path.join(folder, "frames"), exist_ok=True)
-    for i, frame in enumerate(pixels):
-        Image.fromarray(frame).save(os.path.join(folder, "frames", f"{i + 1:05d}.png"))
-    scale = max(1, 256 // pixels.shape[1])
-    for name in ("video.gif", "video.webp"):
-        data.save_animation(os.path.join(folder, name), pixels, fps, scale)
+def write_video(folder, n_frames, fps):
+    """Everything one can look at, from the written frames: GIF, WebP, MP4 and a contact sheet."""
+    short = n_frames <= ANIMATION_FRAMES
+    if not short:
+        print(f"more than {ANIMATION_FRAMES} frames: no video.gif and video.webp, whose writers keep all "
+              "frames in memory; see video.mp4 or frames")
+    for name in (os.path.join(folder, "video.gif"), os.path.join(folder, "video.webp")):
+        if short:
+            pixels = read_frames(folder, range(n_frames))
+            with complete(name) as path:
+                data.save_animation(path, pixels, fps, max(1, 256 // pixels.shape[1]))
+        elif os.path.exists(name):
+            os.remove(name)   # it shows the video before it was extended
     write_mp4(folder, fps)
-    shown = np.linspace(0, len(pixels) - 1, min(32, len(pixels))).round().astype(int)
-    rows = [pixels[shown[i:i + 8]] for i in range(0, len(shown), 8)]
+    shown = np.linspace(0, n_frames - 1, min(32, n_frames)).round().astype(int)
+    rows = [read_frames(folder, shown[i:i + 8]) for i in range(0, len(shown), 8)]
     labels = [f"frame {shown[i] + 1}" for i in range(0, len(shown), 8)]
-    data.contact_sheet(rows, max(1, 128 // pixels.shape[1]), labels).save(os.path.join(folder, "sheet.png"))
+    with complete(os.path.join(folder, "sheet.png")) as path:
+        data.contact_sheet(rows, max(1, 128 // rows[0].shape[1]), labels).save(path)
 
 
-def write_metrics(folder, video, truth=None):
-    """Write metrics.csv and drift.png. video, truth: (3, f, H, W) in [-1, 1].
+def frame_metrics(video, truth=None, first=None):
+    """Numbers about each frame, {name: (f,)}, for videos (3, f, H, W) in [0, 1]; colours are of 255.
 
-    Brightness, contrast, saturation and sharpness of every frame, and its change to the next; with a truth
-    also the PSNR."""
-    video = (video + 1) / 2
+    With a truth also its own, the PSNR, and the PSNR of copying the frame `first`, (3, 1, H, W)."""
     colour = statistics(video)
     columns = {"brightness": 255 * colour[:, :3].mean(1), "contrast": 255 * colour[:, 3:6].mean(1),
                "saturation": 255 * colour[:, 6], "sharpness": sharpness(video),
                "change": 255 * F.pad(video.diff(dim=1).abs().mean((0, 2, 3)), (0, 1))}
     if truth is not None:
-        columns["psnr"] = psnr(video, (truth + 1) / 2)
-    with open(os.path.join(folder, "metrics.csv"), "w", newline="") as file:
+        true = 255 * statistics(truth)
+        columns |= {"psnr": psnr(video, truth), "copy_psnr": psnr(first.expand_as(truth), truth),
+                    "true_brightness": true[:, :3].mean(1), "true_contrast": true[:, 3:6].mean(1)}
+    return columns
+
+
+def write_metrics(folder, n_frames, world=None, chunk=16):
+    """Write metrics.csv and drift.png of the written frames; returns the columns, {name: (f,)}.
+
+    Brightness, contrast, saturation and sharpness of every frame, and its change to the next; with a world,
+    the truth, also those of frame_metrics. A few frames at a time."""
+    unit = lambda pixels: torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 255
+    first, parts = unit(read_frames(folder, [0])), []
+    for start in range(0, n_frames, chunk):
+        frames = range(start, min(start + chunk + 1, n_frames))   # one more, to see the change to it
+        truth = unit(data.to_pixels(world.video(frames))) if world else None
+        part = frame_metrics(unit(read_frames(folder, frames)), truth, first)
+        parts.append({name: column[:chunk] for name, column in part.items()})
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    with complete(os.path.join(folder, "metrics.csv")) as path, open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["frame", *columns])
         writer.writerows([i + 1, *(f"{column[i].item():.5g}" for column in columns.values())]
-                         for i in range(video.shape[1]))
-    curves = {name: list(enumerate((columns[name] - columns[name][0]).tolist(), 1))
-              for name in ("brightness", "contrast", "saturation")}
-    if truth is not None:
-        true = 255 * statistics((truth + 1) / 2)
-        curves["true bright."] = list(enumerate((true[:, :3].mean(1) - true[0, :3].mean()).tolist(), 1))
-        curves["true contrast"] = list(enumerate((true[:, 3:6].mean(1) - true[0, 3:6].mean()).tolist(), 1))
-    data.line_plot(os.path.join(folder, "drift.png"), curves,
-                   "change since the first frame, of 255, against the frame")
+                         for i in range(n_frames))
+    curves = {name: list(enumerate((column - column[0]).tolist(), 1)) for name, column in columns.items()
+              if name.split("_")[-1] in ("brightness", "contrast", "saturation")}
+    with complete(os.path.join(folder, "drift.png")) as path:
+        data.line_plot(path, curves, "change since the first frame, of 255, against the frame")
+    return columns
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -468,97 +691,122 @@ def read_image(path, size):
         with Image.open(path) as image:
             image = image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"no picture at {path}: give the path of a PNG or JPG file to --image") from None
+        raise ValueError(f"no picture at {path}: give the path of a PNG or JPG file") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not a picture that can be read ({error}): "
-                         "give a PNG or JPG file to --image") from None
+        raise ValueError(f"{path} is not a picture that can be read ({error}): give a PNG or JPG") from None
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return data.from_pixels(square if side == size else square.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def first_frame(args, model, sampler, device):
-    """What a run starts from.
-
-    Pixels (3, 1, H, W) or None, latents (1, 4, 1, h, w) and the prompt, and its truth or None."""
-    size = model.config.size
-    world = data.SkyWorld(data.SPLITS["test"] + args.world, size) if args.world is not None else None
+def read_inputs(args, size, world, borders):
+    """What the user shows and says: {frame: picture (3, 1, H, W)}, and the prompt of each segment."""
+    pictures = {frame: read_image(path, size)
+                for frame, path in by_frame(args.keyframes, "keyframes").items()}
+    if world or args.image:
+        pictures[0] = world.video([0]) if world else read_image(args.image, size)
     prompt = args.prompt
     if prompt is None:
         shown = world or (data.SkyWorld(abs(args.seed)) if args.preset == "tiny" else None)
         prompt = shown.caption() if shown else ""
-    picture = world.video([0]) if world else read_image(args.image, size) if args.image else None
-    if picture is None:
-        return None, sampler.first_frames([args.seed], [prompt]).cpu(), prompt, None
-    latents = model.vae.encode(picture[None].to(device)).cpu()
-    return picture, latents, prompt, world and world.video(np.arange(args.frames))
+    prompts = {0: prompt} | by_frame(args.prompts, "prompts")
+    return pictures, [prompts[border] for border in borders]
 
 
-def resumed(args):
-    """Finished latents and frames of the run in --out.
+def processes():
+    """(rank, world): which process this is, of how many. torchrun starts them; without it (0, 1).
 
-    It must have been started with the same arguments."""
-    path = os.path.join(args.out, "args.json")
+    No latents go through the process group: the processes of one machine share the run's folder, where each
+    finds what the others have made. So gloo serves on GPUs too, one for each process."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if int(os.environ["LOCAL_WORLD_SIZE"]) != world:
+        raise ValueError(f"{world} processes on several machines: sample.py shares a folder of one machine, "
+                         "start it with torchrun --standalone")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=timedelta(days=1))   # a video may take so long
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")   # one process says what happens
+    return rank, world
+
+
+def open_run(args, plan, size):
+    """The folder of a run with its arguments and its store of latents (4, size, size), new or as it was."""
+    os.makedirs(os.path.join(args.out, "frames"), exist_ok=True)
+    with complete(os.path.join(args.out, "args.json")) as path, open(path, "w") as file:
+        json.dump(vars(args), file, indent=1)
+    path = os.path.join(args.out, "latents.safetensors")
     if not os.path.exists(path):
-        raise ValueError(f"{args.out} holds no run to resume: leave --resume away, "
-                         "or give the folder of the run as --out")
-    with open(path) as file:
-        old = json.load(file)
-    for name, value in vars(args).items():
-        if name not in ("resume", "out", "batch_size", "decode_chunk", "device") and old.get(name) != value:
-            raise ValueError(f"the run in {args.out} was started with --{name} {old.get(name)}, now it is "
-                             f"{value}: give the same arguments to resume it, or another --out folder")
-    latents = os.path.join(args.out, "latents.safetensors")
-    if not os.path.exists(latents):
-        return None, []
-    with safe_open(latents, framework="pt") as file:
-        return file.get_tensor("latents"), file.get_tensor("frames").tolist()
+        Store.create(path, length(plan, args.frames), (4, size, size))
+    elif Store(path).length < length(plan, args.frames):   # a finished video that is extended
+        Store(path).lengthen(length(plan, args.frames))
+
+
+def fill_in(args, store, pictures, given, model, sampler, prompt):
+    """Put the frames that are known at the start into the store."""
+    for frame in given:
+        if store.made([frame]):
+            continue
+        if frame in pictures:
+            store[:, [frame]] = model.vae.encode(pictures[frame][None].to(sampler.device))[0].cpu()
+        elif frame == 0:
+            store[:, [0]] = sampler.first_frames([args.seed], [prompt])[0].cpu()
+        else:   # the frame after the last of a loop
+            store[:, [frame]] = store[:, [0]]
 
 
 @torch.no_grad()
 def sample(args):
     """One video, from its plan to its folder."""
-    begun = time.time()
-    plan = PLANNERS[args.schedule](args.frames)
-    verify(plan, args.frames)
-    numbers = stats(plan)
-    print(f"plan {args.schedule}: {len(plan)} windows, {numbers['evals']} frame evaluations per step, "
-          f"{numbers['levels']} levels")
+    begun, (rank, world_size) = time.time(), processes()
+    wait_for_all = dist.barrier if world_size > 1 else lambda: None
+    plan, given, borders = frame_plan(args)
+    print(f"plan {args.schedule}: {costs(plan)}")
     args.out = args.out or free_folder()
     if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
         raise ValueError(f"{args.out} already holds a run: give another --out folder, "
                          "or --resume to go on with it")
-    latents, done = resumed(args) if args.resume else (None, [])
+    wait_for_all()   # nobody writes before all have looked
     model, sampler, device = prepare(args)
-    picture, first, prompt, truth = first_frame(args, model, sampler, device)
-    print(f"prompt: {prompt}")
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "args.json"), "w") as file:
-        json.dump(vars(args), file, indent=1)
-
-    if latents is None:
-        latents = empty_latents(1, plan, args.frames, model.config, model.config.size)
-        latents[:, :, :1] = first
+    config = model.config
+    world = data.SkyWorld(data.SPLITS["test"] + args.world, config.size) if args.world is not None else None
+    pictures, prompts = read_inputs(args, config.size, world, borders)
+    print("prompt: " + "; ".join(f"from frame {border} {prompt}" if border else prompt
+                                 for border, prompt in zip(borders, prompts)))
     path = os.path.join(args.out, "latents.safetensors")
-    sampler.run(plan, latents, sampler.contexts([prompt]), [args.seed], done=done,
-                after_level=lambda latents, frames: save_latents(path, latents, frames))
-    latents = latents[:, :, :args.frames]                 # the seed schedule's padding is dropped
-    save_latents(path, latents, list(range(args.frames)))
-    sampled = time.time()
-    video = model.vae.decode(latents.to(device), args.decode_chunk)[0].cpu()
-    if picture is not None:
-        video[:, :1] = picture                            # a frame that was given comes back as it was
-    write_video(args.out, data.to_pixels(video), args.fps)
-    write_metrics(args.out, video, truth)
-    if truth is not None and args.frames > 1:             # a model that does not beat copying should say so
-        ahead = slice(1, None)
-        for name, made in (("this video", video), ("copying the first frame", picture.expand_as(truth))):
-            print(f"{name}: {psnr((made + 1) / 2, (truth + 1) / 2)[ahead].mean():.1f} dB against the truth")
-    print(f"sampled in {sampled - begun:.1f} s, decoded and written in {time.time() - sampled:.1f} s: "
+    if rank == 0:
+        open_run(args, plan, config.size // config.vae_factor)
+        fill_in(args, Store(path), pictures, given, model, sampler, prompts[0])
+    wait_for_all()
+
+    store, chunk = Store(path), args.decode_chunk
+    pending = [range(i, min(i + chunk, args.frames)) for i in range(args.known, args.frames, chunk)]
+    pending = [frames for frames in pending[rank::world_size] if not is_written(args.out, frames)]
+    write = lambda: write_ready(args, model, device, store, pictures, pending)
+    contexts = sampler.contexts(prompts)
+    sampler.run(plan, [store], contexts, [args.seed], given, borders, write, rank, world_size)
+    while pending:
+        write()
+        time.sleep(0.002)
+    wait_for_all()
+    if rank == 0:
+        finish(args, world, begun)
+
+
+def finish(args, world, begun):
+    """Write and say what is to be seen when all frames are written."""
+    made = time.time()
+    write_video(args.out, args.frames, args.fps)
+    columns = write_metrics(args.out, args.frames, world)
+    if world is not None and args.frames > 1:   # a model that does not beat copying should say so
+        for name, column in (("this video", "psnr"), ("copying the first frame", "copy_psnr")):
+            print(f"{name}: {columns[column][1:].mean():.1f} dB against the truth")
+    print(f"frames in {made - begun:.1f} s, the rest in {time.time() - made:.1f} s: "
           f"{args.frames} frames in {args.out}")
-    print(f"look at {args.out}/sheet.png first, then at video.webp and drift.png")
-    return video
+    print(f"look at {args.out}/sheet.png first, then at the video and drift.png")
 
 
 @torch.no_grad()
@@ -566,6 +814,8 @@ def evaluate(args):
     """Schedules and baselines against the truth on worlds never trained on, first frame given.
 
     Prints a table with medians and bootstrap intervals and writes it, a contact sheet and a plot to --out."""
+    if processes()[1] > 1:
+        raise ValueError("--evaluate runs in one process: start it without torchrun")
     args.out = args.out or os.path.join("out", "evaluate")
     if os.path.exists(os.path.join(args.out, "table.md")):
         raise ValueError(f"{args.out} already holds a table: give another --out folder")
@@ -573,7 +823,7 @@ def evaluate(args):
     worlds = [data.SkyWorld(data.SPLITS[args.split] + i, model.config.size) for i in range(args.worlds)]
     n, latent_of = args.frames, lambda video: model.vae.encode(video[None].to(device)).cpu()
     truths = [world.video(np.arange(n)) for world in worlds]
-    decode = lambda latents: model.vae.decode(latents[None, :, :n].to(device), args.decode_chunk)[0].cpu()
+    decode = lambda latents: model.vae.decode(latents[None].to(device), args.decode_chunk)[0].cpu()
     round_trip = [decode(latent_of(truth)[0]) for truth in truths]
     mix = torch.linspace(0, 1, n)[None, :, None, None]
     videos = {"VAE round trip": round_trip,
@@ -583,11 +833,14 @@ def evaluate(args):
     contexts = sampler.contexts([world.caption() for world in worlds])
     plans = {name: PLANNERS[name](n) for name in args.evaluate or PLANNERS}
     for name, plan in plans.items():
-        latents = empty_latents(len(worlds), plan, n, model.config, model.config.size)
-        latents[:, :, :1] = first
         begun = time.time()
-        sampler.run(plan, latents, contexts, list(range(len(worlds))))
-        videos[name] = [decode(row) for row in latents]
+        with tempfile.TemporaryDirectory() as folder:
+            room = length(plan, n), first[0, :, 0].shape
+            stores = [Store.create(os.path.join(folder, str(i)), *room) for i in range(len(worlds))]
+            for store, latents in zip(stores, first):
+                store[:, [0]] = latents
+            sampler.run(plan, stores, contexts, list(range(len(worlds))))
+            videos[name] = [decode(store[:, range(n)]) for store in stores]
         print(f"{name}: {(time.time() - begun) / len(worlds):.1f} s per video")
     seams = {name: joins(plans.get(name) or PLANNERS["ladder"](n), n) for name in videos}
     rows = {name: [measure(v, truth, world, seams[name]) for v, truth, world in zip(made, truths, worlds)]
@@ -628,8 +881,7 @@ def main(argv=None):
     """The command line of sample.py."""
     args = parse(argv)
     if args.plan:
-        plan = PLANNERS[args.schedule](args.frames)
-        print(show(plan, args.frames))
+        print_plan(frame_plan(args)[0], args)
     elif args.evaluate is not None:
         evaluate(args)
     else:
@@ -641,3 +893,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         raise SystemExit(f"sample.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; finished frames are kept, --resume --out FOLDER goes on") from None

@@ -21,6 +21,8 @@ Filling between frames that stand far apart: FDM (arXiv 2205.11495), NUWA-XL (ar
 """
 
 import argparse
+import math
+import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -43,6 +45,13 @@ class Window:
     def given(self) -> tuple[int, ...]:
         """The frames that exist before this window runs."""
         return tuple(frame for frame in self.frames if frame not in self.new)
+
+    @property
+    def gap(self) -> float:
+        """How far apart the given frames around the new ones are; infinite where the known ends."""
+        left = [frame for frame in self.given if frame < self.new[0]]
+        right = [frame for frame in self.given if frame > self.new[-1]]
+        return right[0] - left[-1] if left and right else math.inf
 
 
 def stage_of(given, new) -> str:
@@ -72,6 +81,20 @@ def user_frames(n_frames, given) -> list[int]:
         raise ValueError(f"given frames must be one or more of 0..{n_frames - 1}, found {tuple(given)}: "
                          "count them from 0, and without any picture make frame 0 from the prompt first")
     return sorted(set(given))
+
+
+def by_frame(items, flag) -> dict:
+    """FRAME:VALUE, one or many, also many in one string with commas between: {frame: value} by frame.
+
+    So `--prompts` and `--keyframes` say what holds where. ValueError, naming the flag, for anything else."""
+    found = {}
+    for item in re.split(r",\s*(?=\d+:)", ",".join(items)) if items else []:
+        frame, _, value = (part.strip() for part in item.partition(":"))
+        if not frame.isdigit() or not value or int(frame) in found:
+            raise ValueError(f"--{flag} has {item!r}: expected FRAME:VALUE, each frame once, counted from 0, "
+                             "like 0:a.png 120:b.png for pictures, 0:dawn 60:night for prompts")
+        found[int(frame)] = value
+    return dict(sorted(found.items()))
 
 
 # --- the planners -----------------------------------------------------------------------------------------
@@ -166,8 +189,8 @@ def fills(known, stride, ratio, red_black):
 def extension(n_frames: int, known: int, max_stride: int = 16) -> list[Window]:
     """The windows that lengthen a finished video of `known` frames to n_frames, by the ladder.
 
-    They are those of a ladder that has come this far: the last frame is its last key, the one before lies a
-    stride back. So what joins old and new is laid out like what joins the rest. ValueError if nothing is new."""
+    They are those of a ladder that has come this far: the last frame is its last key, the one before lies
+    a stride back. So what joins old and new is laid out like all the rest. ValueError if nothing is new."""
     if not 1 <= known < n_frames:
         raise ValueError(f"a video of {known} frames cannot be lengthened to {n_frames}: ask for more frames")
     last = known - 1
@@ -276,8 +299,8 @@ def makespan(plan, devices) -> int:
     return max(done, default=0)
 
 
-def assign(batches, costs, devices) -> list[tuple[int, float]]:
-    """Who runs which batch, and when it ends: (device, end) for each, in the unit of costs.
+def assign(batches, work, devices) -> list[tuple[int, float]]:
+    """Who runs which batch, and when it ends: (device, end) for each, in the unit of work.
 
     A batch is a list of windows that go through the UNet together. In the order of the list each goes to the
     device that can start it first, which is when the device is free and all given frames are made. A function
@@ -285,7 +308,7 @@ def assign(batches, costs, devices) -> list[tuple[int, float]]:
     if devices < 1:
         raise ValueError(f"a plan runs on at least 1 device, found {devices}: ask for 1 or more")
     free, ready, places = [0] * devices, {}, []   # ready: frame -> when it is made
-    for batch, cost in zip(batches, costs):
+    for batch, cost in zip(batches, work):
         given = max(ready.get(frame, 0) for window in batch for frame in window.given)
         # of the devices that would wait, the one that waits least
         device = min(range(devices), key=lambda i: (max(free[i], given), -free[i]))
@@ -295,17 +318,33 @@ def assign(batches, costs, devices) -> list[tuple[int, float]]:
     return places
 
 
-def traffic(batches, places) -> int:
-    """How often a window reads a frame that another device has made, if batches run as assign() says."""
+def gain(batches, work, devices) -> tuple[float, int]:
+    """How many times as fast as one device several are, if batches run as assign() says; and the traffic.
+
+    That is how often a window reads a frame that another device has made."""
+    places = assign(batches, work, devices)
     home = {frame: device for batch, (device, _) in zip(batches, places)
             for window in batch for frame in window.new}
-    return sum(home.get(frame, device) != device for batch, (device, _) in zip(batches, places)
-               for window in batch for frame in window.given)
+    reads = sum(home.get(frame, device) != device for batch, (device, _) in zip(batches, places)
+                for window in batch for frame in window.given)
+    return sum(work) / max((end for _, end in places), default=1), reads
+
+
+def costs(plan) -> str:
+    """What a plan costs, in words."""
+    numbers = stats(plan)
+    return (f"{numbers['windows']} windows, {numbers['levels']} dependency levels, "
+            f"{numbers['evals']} frame evaluations per denoising step")
+
+
+def length(plan, n_frames) -> int:
+    """How many frames must have room: the video, its padding, and the frame that closes a loop."""
+    return max([n_frames, *(window.frames[-1] + 1 for window in plan)])
 
 
 def show(plan, n_frames) -> str:
     """The plan as text, at most 140 columns: a row per window, level by level, c given, # new, . other."""
-    total = max([n_frames, *(window.frames[-1] + 1 for window in plan)])
+    total = length(plan, n_frames)
     scale = -(-total // PICTURE_COLUMNS)   # frames per column, so that long videos fit
     columns = -(-total // scale)
     digits = len(str(stats(plan)["levels"]))
@@ -345,9 +384,7 @@ def main(argv=None):
     except ValueError as error:
         raise SystemExit(str(error))
     print(show(plan, args.frames))
-    cost = stats(plan)
-    print(f"{args.schedule}: {cost['windows']} windows, {cost['levels']} dependency levels, "
-          f"{cost['evals']} frame evaluations per denoising step")
+    print(f"{args.schedule}: {costs(plan)}")
     times = ", ".join(str(makespan(plan, devices)) for devices in (1, 2, 4, 8))
     print(f"makespan on 1, 2, 4, 8 devices: {times} windows")
 

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from model import PRESETS, Model, save_weights  # noqa: E402
+from model import PRESETS, Model, is_temporal, load_weights, save_weights  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +25,17 @@ def small_weights(small_config, tmp_path_factory):
     torch.manual_seed(0)
     path = str(tmp_path_factory.mktemp("weights") / "small.safetensors")
     save_weights(path, Model.build(small_config), torch.float32, stage="image")
+    return path
+
+
+@pytest.fixture(scope="session")
+def restless_weights(small_weights, tmp_path_factory):
+    """Weights whose temporal layers do something, so that windows really depend on their given frames."""
+    model = load_weights(small_weights)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.unet.named_parameters():
+        if is_temporal(name):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    path = str(tmp_path_factory.mktemp("weights") / "restless.safetensors")
+    save_weights(path, model, torch.float32)
     return path

@@ -15,19 +15,6 @@ from model import is_temporal, load_weights, save_weights
 from schedule import ladder, seed
 
 
-@pytest.fixture(scope="session")
-def restless_weights(small_weights, tmp_path_factory):
-    """Weights whose temporal layers do something, so that windows really depend on their given frames."""
-    model = load_weights(small_weights)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.unet.named_parameters():
-        if is_temporal(name):
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    path = str(tmp_path_factory.mktemp("weights") / "restless.safetensors")
-    save_weights(path, model, torch.float32)
-    return path
-
-
 def run(tmp_path, weights, *more, name="run", frames=20):
     """One short run of sample.py; returns its folder."""
     folder = tmp_path / name
