@@ -182,6 +182,7 @@ def test_an_extension_makes_the_rest_once_and_joins_like_the_ladder(max_stride):
         assert all(len(w.frames) <= 7 and w.frames[-1] < n for w in plan)
         if known > max_stride and (n - known) % max_stride == 0:
             assert all(tuple(f - w.frames[0] for f in w.frames) in fills for w in plan if w.stage == "interp")
+    assert extension(400, 121, max_stride)[0].given == (0, 120 - max_stride, 120)   # two keys, and the anchor
     with pytest.raises(ValueError, match="121 frames cannot be lengthened to 121"):
         extension(121, 121)
 
