@@ -831,7 +831,8 @@ def evaluate(args):
               "blend true ends": [truth[:, :1] * (1 - mix) + truth[:, -1:] * mix for truth in truths]}
     first = torch.stack([latent_of(truth[:, :1])[0] for truth in truths])
     contexts = sampler.contexts([world.caption() for world in worlds])
-    plans = {name: PLANNERS[name](n) for name in args.evaluate or PLANNERS}
+    stride = {"ladder": {"max_stride": args.max_stride}}
+    plans = {name: PLANNERS[name](n, **stride.get(name, {})) for name in args.evaluate or PLANNERS}
     for name, plan in plans.items():
         begun = time.time()
         with tempfile.TemporaryDirectory() as folder:
