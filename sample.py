@@ -620,25 +620,25 @@ def frame_metrics(video, truth=None, first=None):
 
 
 def write_metrics(folder, n_frames, world=None, chunk=16):
-    """Write metrics.csv and drift.png of the written frames; returns the columns, {name: (f,)}.
+    """Write metrics.csv and drift.png of the written frames; returns the columns, {name: f numbers}.
 
     Brightness, contrast, saturation and sharpness of every frame, and its change to the next; with a world,
     the truth, also those of frame_metrics. A few frames at a time."""
     unit = lambda pixels: torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 255
-    first, parts = unit(read_frames(folder, [0])), []
+    first, columns = unit(read_frames(folder, [0])), {}
     for start in range(0, n_frames, chunk):
         frames = range(start, min(start + chunk + 1, n_frames))   # one more, to see the change to it
         truth = unit(data.to_pixels(world.video(frames))) if world else None
         part = frame_metrics(unit(read_frames(folder, frames)), truth, first)
-        parts.append({name: column[:chunk] for name, column in part.items()})
-    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for name, column in part.items():   # plain numbers: small tensors left between large ones pin memory
+            columns.setdefault(name, []).extend(column[:chunk].tolist())
     with complete(os.path.join(folder, "metrics.csv")) as path, open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["frame", *columns])
-        writer.writerows([i + 1, *(f"{column[i].item():.5g}" for column in columns.values())]
+        writer.writerows([i + 1, *(f"{column[i]:.5g}" for column in columns.values())]
                          for i in range(n_frames))
-    curves = {name: list(enumerate((column - column[0]).tolist(), 1)) for name, column in columns.items()
-              if name.split("_")[-1] in ("brightness", "contrast", "saturation")}
+    curves = {name: [(i, value - column[0]) for i, value in enumerate(column, 1)]
+              for name, column in columns.items() if name.endswith(("brightness", "contrast", "saturation"))}
     with complete(os.path.join(folder, "drift.png")) as path:
         data.line_plot(path, curves, "change since the first frame, of 255, against the frame")
     return columns
@@ -803,7 +803,7 @@ def finish(args, world, begun):
     columns = write_metrics(args.out, args.frames, world)
     if world is not None and args.frames > 1:   # a model that does not beat copying should say so
         for name, column in (("this video", "psnr"), ("copying the first frame", "copy_psnr")):
-            print(f"{name}: {columns[column][1:].mean():.1f} dB against the truth")
+            print(f"{name}: {np.mean(columns[column][1:]):.1f} dB against the truth")
     print(f"frames in {made - begun:.1f} s, the rest in {time.time() - made:.1f} s: "
           f"{args.frames} frames in {args.out}")
     print(f"look at {args.out}/sheet.png first, then at the video and drift.png")
