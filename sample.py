@@ -50,8 +50,8 @@ FILL_GAP = 16               # between known frames farther apart so much is open
 ANIMATION_FRAMES = 241      # longer videos get no GIF and WebP, whose writers keep all frames in memory
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
-# guidance, noise of frames the model made
-DEFAULTS = {"tiny": (10, 1, 1.0, "none"), "sd15": (30, 30, 7.5, "nsr=0.33")}
+# guidance of both, noise of frames the model made
+DEFAULTS = {"tiny": (10, 1, 1.5, 1.0, "none"), "sd15": (30, 30, 7.5, 7.5, "nsr=0.33")}
 
 
 def parse(argv):
@@ -83,8 +83,10 @@ def parse(argv):
                    "10 for tiny, 30 for sd15; a first frame from nothing takes at least 20")
     p.add_argument("--fill_steps", type=int, help="of a window that fills between known frames, where less "
                    "is open; default 1 for tiny, 30 for sd15")
-    p.add_argument("--guidance_scale", type=float,
-                   help="1 is off and twice as fast; default 1 for tiny, 7.5 for sd15")
+    p.add_argument("--guidance_scale", type=float, help="how strongly the prompt leads a window that starts "
+                   "a video or goes on; 1 is off and twice as fast; default 1.5 for tiny, 7.5 for sd15")
+    p.add_argument("--fill_guidance_scale", type=float,
+                   help="the same for a window that fills; default 1 for tiny, 7.5 for sd15")
     p.add_argument("--guidance_rescale", type=float, default=0.0,
                    help="0 to 1; 0.7 tames the burnt colours of strong guidance")
     p.add_argument("--aug", help="noise level of given frames that the model made itself: nsr=0.33, snr=..., "
@@ -120,7 +122,8 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.resume or args.extend is not None:
         args = continued(p, argv, args)
-    for name, value in zip(("steps", "fill_steps", "guidance_scale", "aug"), DEFAULTS[args.preset]):
+    for name, value in zip(("steps", "fill_steps", "guidance_scale", "fill_guidance_scale", "aug"),
+                           DEFAULTS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.weights is None:
@@ -282,21 +285,29 @@ def complete(path):
 # Sampling
 # ------------------------------------------------------------------------------------------------------------
 
-def steps_of(window, args):
-    """How many steps a window takes: --fill_steps between known frames that are close, else --steps."""
-    return args.fill_steps if window.gap <= FILL_GAP else args.steps
+def effort(window, args):
+    """Steps and guidance scale of a window: --fill_steps and so on between known frames that are close."""
+    if window.gap <= FILL_GAP:
+        return args.fill_steps, args.fill_guidance_scale
+    return args.steps, args.guidance_scale
+
+
+def cost(window, args):
+    """How many frames a window sends through the UNet; guidance sends each twice."""
+    steps, scale = effort(window, args)
+    return len(window.frames) * steps * (1 if scale == 1 else 2)
 
 
 def make_batches(plan, videos, args):
     """Lists of (video index, window) that go through the UNet together, alike and of one level; their costs.
 
     In an order in which they can run. Cut without regard to what is done already, or by how many processes:
-    so every run multiplies the same matrices and rounds alike. A cost is in frames times steps."""
-    kind = lambda job: (job[1].level, -steps_of(job[1], args), job[1].stage, len(job[1].frames))
+    so every run multiplies the same matrices and rounds alike."""
+    kind = lambda job: (job[1].level, -effort(job[1], args)[0], job[1].stage, len(job[1].frames))
     jobs = sorted(((video, window) for window in plan for video in range(videos)), key=kind)
     groups, size = [list(group) for _, group in groupby(jobs, kind)], args.batch_size
     batches = [group[i:i + size] for group in groups for i in range(0, len(group), size)]
-    return batches, [sum(len(w.frames) * steps_of(w, args) for _, w in batch) for batch in batches]
+    return batches, [sum(cost(window, args) for _, window in batch) for batch in batches]
 
 
 class Sampler:
@@ -317,10 +328,11 @@ class Sampler:
         """Text embeddings of the prompts, and of the negative prompt as often."""
         return self.model.context(prompts), self.model.context([self.args.negative_prompt] * len(prompts))
 
-    def denoise(self, x, t_given, new, contexts, steps, frames=None):
-        """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, after `steps` steps."""
+    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None):
+        """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, after `steps` steps.
+
+        scale: of the guidance."""
         positive, negative = contexts
-        scale = self.args.guidance_scale
 
         def say(x_t, t):
             """What the network says about x_t: eps or v, guided unless the scale is 1."""
@@ -340,7 +352,8 @@ class Sampler:
         noise = torch.stack([frame_noise(seed, 0, (4, 1, size, size)) for seed in seeds]).to(self.device)
         new = torch.ones(len(seeds), 1, dtype=torch.bool, device=self.device)
         steps = max(self.args.steps, FIRST_FRAME_STEPS)
-        return self.denoise(noise, torch.zeros_like(new).long(), new, self.contexts(prompts), steps)
+        t_given, scale = torch.zeros_like(new).long(), self.args.guidance_scale
+        return self.denoise(noise, t_given, new, self.contexts(prompts), steps, scale)
 
     def windows(self, jobs, latents, contexts, seeds, user, borders=(0,)):
         """Make the new frames of jobs (video index, window) of equal kind; puts them into `latents`."""
@@ -362,8 +375,9 @@ class Sampler:
             x_t = self.schedule.q_sample(x, t_given, noise("aug"))
             x = torch.where(noised[:, None, :, None, None], x_t, x)
         x = torch.where(new[:, None, :, None, None], noise("start"), x)
-        steps = steps_of(jobs[0][1], self.args)
-        x = self.denoise(x, t_given, new, [context[index] for context in contexts], steps, frames).cpu()
+        steps, scale = effort(jobs[0][1], self.args)
+        contexts = [context[index] for context in contexts]
+        x = self.denoise(x, t_given, new, contexts, steps, scale, frames).cpu()
         if not torch.isfinite(x).all():
             raise ValueError(f"level {jobs[0][1].level} of the plan made numbers that are not finite: "
                              "try --device cpu or fewer --steps")
@@ -869,7 +883,8 @@ def write_table(args, rows):
         cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval([m[name] for m in measured])) for name in names]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     settings = (f"{args.worlds} {args.split} worlds, {args.frames} frames, {args.steps} and "
-                f"{args.fill_steps} steps, --aug {args.aug} --context_noise {args.context_noise}: "
+                f"{args.fill_steps} steps, guidance {args.guidance_scale:g} and "
+                f"{args.fill_guidance_scale:g}, --aug {args.aug} --context_noise {args.context_noise}: "
                 "median [95 % interval]")
     table = "\n".join([settings, "", *lines])
     print(table)

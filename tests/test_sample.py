@@ -129,16 +129,21 @@ def test_context_noise_modes(restless_weights, tmp_path, mode, noised, labelled)
             assert seen["t"][0, place] == (100 if labelled and frame != 0 else 0)
 
 
-def test_fills_take_a_number_of_steps_of_their_own(restless_weights):
-    """--steps for windows that start or go on, --fill_steps for those between known frames."""
-    args = sample.parse(["--weights", restless_weights, "--steps", "7", "--fill_steps", "2"])
+def test_fills_have_steps_and_guidance_of_their_own(restless_weights):
+    """--steps and --guidance_scale for windows that start or go on, --fill_... between known frames."""
+    args = sample.parse(["--weights", restless_weights, "--steps", "7", "--fill_steps", "2",
+                         "--guidance_scale", "3", "--fill_guidance_scale", "1"])
     sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"), {})
     latents, asked = torch.zeros(1, 4, 121, 16, 16), {}
     for window in ladder(121):
-        sampler.denoise = lambda x, t, new, contexts, steps, frames: asked.setdefault(window.stage, steps) * x
+        sampler.denoise = lambda x, t, new, contexts, steps, scale, frames: (
+            asked.setdefault(window.stage, (steps, scale)) and x)
         with torch.no_grad():
             sampler.windows([(0, window)], latents, sampler.contexts(["dusk"]), [0], user=(0,))
-    assert asked == {"starter": 7, "extrap": 7, "interp": 2}
+    assert asked == {"starter": (7, 3), "extrap": (7, 3), "interp": (2, 1)}
+    starter, fill = ladder(121)[0], next(window for window in ladder(121) if window.stage == "interp")
+    assert sample.cost(starter, args) == len(starter.frames) * 7 * 2
+    assert sample.cost(fill, args) == len(fill.frames) * 2
 
 
 def test_untrained_temporal_layers_are_mentioned(tmp_path, small_weights, restless_weights, capsys):
