@@ -303,7 +303,11 @@ def make_batches(plan, videos, args):
 
     In an order in which they can run. Cut without regard to what is done already, or by how many processes:
     so every run multiplies the same matrices and rounds alike."""
-    kind = lambda job: (job[1].level, -effort(job[1], args)[0], job[1].stage, len(job[1].frames))
+    def kind(job):
+        """What windows of a batch have in common: they run with the steps and the guidance of the first."""
+        steps, scale = effort(job[1], args)
+        return job[1].level, -steps, -scale, job[1].stage, len(job[1].frames)
+
     jobs = sorted(((video, window) for window in plan for video in range(videos)), key=kind)
     groups, size = [list(group) for _, group in groupby(jobs, kind)], args.batch_size
     batches = [group[i:i + size] for group in groups for i in range(0, len(group), size)]

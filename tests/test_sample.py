@@ -146,6 +146,16 @@ def test_fills_have_steps_and_guidance_of_their_own(restless_weights):
     assert sample.cost(fill, args) == len(fill.frames) * 2
 
 
+def test_a_batch_has_one_number_of_steps_and_one_guidance(restless_weights):
+    """Keyframes 80 apart are led to, others 16 apart filled between: same stage, level and length."""
+    args = sample.parse(["--weights", restless_weights, "--fill_steps", "10", "--fill_guidance_scale", "1",
+                         "--frames", "97", "--max_stride", "4", "--keyframes", "0:a", "16:b", "96:c"])
+    plan, _, _ = sample.frame_plan(args)
+    efforts = [{sample.effort(window, args) for _, window in batch}
+               for batch in sample.make_batches(plan, 1, args)[0]]
+    assert {(10, 1.0), (10, 1.5)} == set().union(*efforts) and all(len(one) == 1 for one in efforts)
+
+
 def test_untrained_temporal_layers_are_mentioned(tmp_path, small_weights, restless_weights, capsys):
     """A video of a fresh model is a row of unrelated pictures, and the run says why."""
     run(tmp_path, restless_weights, name="trained", frames=2)
