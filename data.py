@@ -32,6 +32,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +65,14 @@ PALETTE = [
     (0.83, (42, 42, 100), (138, 82, 120), (156, 116, 146)),
     (1.00, (26, 32, 74), (58, 66, 118), (104, 116, 168)),
 ]
+
+
+@contextmanager
+def complete(path):
+    """A name to write to. The file gets its own name when it is complete, and not if anything fails."""
+    root, ending = os.path.splitext(path)
+    yield f"{root}.tmp{ending}"
+    os.replace(f"{root}.tmp{ending}", path)
 
 
 def palette(hour):
@@ -363,8 +372,8 @@ def sky_clips(path, encode, worlds, frames, size, key):
         latents = torch.cat([encode(SkyWorld(world, size).video(moments)[None]).half()
                              for world in tqdm(worlds, desc="encoding worlds", unit="world")])
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        save_file({"latents": latents}, f"{path}.tmp", metadata={"about": about})
-        os.replace(f"{path}.tmp", path)  # a crash leaves no half-written cache under this name
+        with complete(path) as unfinished:
+            save_file({"latents": latents}, unfinished, metadata={"about": about})
     moment = lambda place: frames.start + place * frames.step
     return Clips(names=[f"world {world}" for world in worlds], lengths=np.full(len(worlds), len(frames)),
                  mirror=[False] * len(worlds),                  # captions say which way the wind blows
@@ -502,9 +511,8 @@ REASONS = {"corrupt": "sources refused", "cut": "cuts", "frozen": "frozen stretc
 
 def write_whole(path, text):
     """Write a text file that is complete or not there."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with complete(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
-    os.replace(f"{path}.tmp", path)
 
 
 def write_json(path, value):
@@ -873,9 +881,8 @@ def write_sheet(path, rows, most=48):
         os.remove(path)
     if rows:
         frames, labels = zip(*rows[:most])
-        sheet = contact_sheet([np.stack(row) for row in frames], 1, labels)
-        sheet.save(f"{path}.tmp", "PNG")
-        os.replace(f"{path}.tmp", path)
+        with complete(path) as unfinished:
+            contact_sheet([np.stack(row) for row in frames], 1, labels).save(unfinished)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1061,8 +1068,8 @@ def sheet_of_batch(folder, clips, n_frames):
     batch = source.windows(window_shapes("video", min(n_frames, int(source.lengths.max()))), 0, 0, 6)
     rows = [mark(to_pixels(video), given) for video, given in zip(batch["latents"], batch["given"])]
     path = os.path.join(folder, "sheet.png")
-    contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"]).save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
+    with complete(path) as unfinished:
+        contact_sheet(rows, max(1, 192 // rows[0].shape[1]), batch["captions"]).save(unfinished)
     print(f"wrote {path}: the first batch of --stage video, given frames green, new ones red")
 
 
@@ -1121,9 +1128,9 @@ def cache(folder, weights, device=None):
                    "context": model.context([clip["caption"]])[0].half().cpu().contiguous()}
         os.makedirs(os.path.dirname(path), exist_ok=True)
         # one entry in the header: safetensors writes several in an order that changes from run to run
-        save_file(tensors, f"{path}.tmp", metadata={"about": json.dumps(about, sort_keys=True)})
-        os.chmod(f"{path}.tmp", 0o644)                # safetensors makes files that only their owner can read
-        os.replace(f"{path}.tmp", path)
+        with complete(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"about": json.dumps(about, sort_keys=True)})
+            os.chmod(unfinished, 0o644)               # safetensors makes files that only their owner can read
         made += 1
     print(f"{made} of {len(clips)} clips encoded, the others were there; latents in {folder}/cache")
     return made

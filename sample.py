@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from bisect import bisect_right
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
 
@@ -235,14 +234,14 @@ class Store:
             "latents": {"dtype": "F32", "shape": [length, *shape], "data_offsets": [0, size]},
             "made": {"dtype": "U8", "shape": [length], "data_offsets": [size, size + length]}}).encode()
         header += b" " * (-len(header) % 8)   # the format wants its data aligned
-        with complete(path) as unfinished, open(unfinished, "wb") as file:
+        with data.complete(path) as unfinished, open(unfinished, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             file.truncate(8 + len(header) + size + length)   # zeros that take no room on the disk
         return cls(path)
 
     def lengthen(self, length):
         """A store for more frames in place of this one, with the same latents."""
-        with complete(self.path) as unfinished:
+        with data.complete(self.path) as unfinished:
             longer = Store.create(unfinished, length, self.shape)
             for frame in range(self.length):
                 longer[:, [frame]] = self[:, [frame]]
@@ -271,14 +270,6 @@ class Store:
         self.file.seek(self.start + self.length * self.bytes + frames[0])
         marks = self.file.read(frames[-1] - frames[0] + 1)
         return all(marks[frame - frames[0]] for frame in frames)
-
-
-@contextmanager
-def complete(path):
-    """A name to write to. The file gets its own name when it is complete, and not if anything fails."""
-    root, ending = os.path.splitext(path)
-    yield f"{root}.tmp{ending}"
-    os.replace(f"{root}.tmp{ending}", path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -581,7 +572,7 @@ def write_ready(args, model, device, store, pictures, pending):
         video = model.vae.decode(store[:, frames][None].to(device), args.decode_chunk)[0].cpu()
         for place, frame in enumerate(frames):
             pixels = data.to_pixels(pictures.get(frame, video[:, place:place + 1]))[0]
-            with complete(frame_path(args.out, frame)) as path:
+            with data.complete(frame_path(args.out, frame)) as path:
                 Image.fromarray(pixels).save(path)
         pending.remove(frames)
 
@@ -595,7 +586,7 @@ def write_mp4(folder, fps):
         return
     scale = "scale='if(lt(iw,256),256*ceil(iw/256),ceil(iw/2)*2)':-2:flags=bicubic"
     frames = os.path.join(folder, "frames", "%05d.png")
-    with complete(os.path.join(folder, "video.mp4")) as path:
+    with data.complete(os.path.join(folder, "video.mp4")) as path:
         subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-framerate", str(fps), "-i", frames,
                         "-vf", scale, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18",
                         "-movflags", "+faststart", path], check=True)
@@ -610,7 +601,7 @@ def write_video(folder, n_frames, fps):
     for name in (os.path.join(folder, "video.gif"), os.path.join(folder, "video.webp")):
         if short:
             pixels = read_frames(folder, range(n_frames))
-            with complete(name) as path:
+            with data.complete(name) as path:
                 data.save_animation(path, pixels, fps, max(1, 256 // pixels.shape[1]))
         elif os.path.exists(name):
             os.remove(name)   # it shows the video before it was extended
@@ -618,7 +609,7 @@ def write_video(folder, n_frames, fps):
     shown = np.linspace(0, n_frames - 1, min(32, n_frames)).round().astype(int)
     rows = [read_frames(folder, shown[i:i + 8]) for i in range(0, len(shown), 8)]
     labels = [f"frame {shown[i] + 1}" for i in range(0, len(shown), 8)]
-    with complete(os.path.join(folder, "sheet.png")) as path:
+    with data.complete(os.path.join(folder, "sheet.png")) as path:
         data.contact_sheet(rows, max(1, 128 // rows[0].shape[1]), labels).save(path)
 
 
@@ -650,14 +641,14 @@ def write_metrics(folder, n_frames, world=None, chunk=16):
         part = frame_metrics(unit(read_frames(folder, frames)), truth, first)
         for name, column in part.items():   # plain numbers: small tensors left between large ones pin memory
             columns.setdefault(name, []).extend(column[:chunk].tolist())
-    with complete(os.path.join(folder, "metrics.csv")) as path, open(path, "w", newline="") as file:
+    with data.complete(os.path.join(folder, "metrics.csv")) as path, open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["frame", *columns])
         writer.writerows([i + 1, *(f"{column[i]:.5g}" for column in columns.values())]
                          for i in range(n_frames))
     curves = {name: [(i, value - column[0]) for i, value in enumerate(column, 1)]
               for name, column in columns.items() if name.endswith(("brightness", "contrast", "saturation"))}
-    with complete(os.path.join(folder, "drift.png")) as path:
+    with data.complete(os.path.join(folder, "drift.png")) as path:
         data.line_plot(path, curves, "change since the first frame, of 255, against the frame")
     return columns
 
@@ -754,7 +745,7 @@ def processes():
 def open_run(args, plan, size):
     """The folder of a run with its arguments and its store of latents (4, size, size), new or as it was."""
     os.makedirs(os.path.join(args.out, "frames"), exist_ok=True)
-    with complete(os.path.join(args.out, "args.json")) as path, open(path, "w") as file:
+    with data.complete(os.path.join(args.out, "args.json")) as path, open(path, "w") as file:
         json.dump(vars(args), file, indent=1)
     path = os.path.join(args.out, "latents.safetensors")
     if not os.path.exists(path):

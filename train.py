@@ -336,11 +336,10 @@ def write_scores(args, model, device):
                              for window, part in probes])
         rows.append({"clip": clips.names[i], "stage": args.stage,
                      "loss": validation_loss(model, schedule, [batch], args, device, LEVELS[1::2])[0]})
-    with open(f"{args.score}.tmp", "w", newline="") as file:
+    with data.complete(args.score) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, ["clip", "stage", "loss"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(f"{args.score}.tmp", args.score)
     print(f"wrote {args.score}: {len(rows)} clips, {len(probes)} windows each, at levels {LEVELS[1::2]}")
 
 
@@ -380,8 +379,8 @@ def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args)
     state = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "step": step, "rng": torch.get_rng_state(),
              "preset": model.config.name, "stage": args.stage, "args": vars(args)}
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with data.complete(path) as unfinished:
+        torch.save(state, unfinished)
 
 
 def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
