@@ -530,6 +530,19 @@ def prepare_optimizer(trainable, args, device):
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
 
 
+def accumulate(model, schedule, next_batch, step, args, device, scaler):
+    """Forward and backward of the micro-steps of one step, whose gradients add up to the mean's; the loss."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    loss, n = 0.0, args.gradient_accumulation_steps
+    for number in range(step * n, (step + 1) * n):
+        with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
+            seed = args.seed * 1_000_003 + number
+            descend, part = training_loss(model, schedule, next_batch(number), seed, args, device)
+        scaler.scale(descend / n).backward()
+        loss += part.item() / n
+    return loss
+
+
 def report(model, trainable, args, device, why):
     """Say what is about to be trained, before anything is spent."""
     total = sum(p.numel() for network in model.networks().values() for p in network.parameters())
@@ -595,7 +608,6 @@ def main(argv=None):
     batches = [val_batch(step) for step in range(4)]
     ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     optimizer, scaler = prepare_optimizer(trainable, args, device)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     checkpoint_path = os.path.join(args.out, "ckpt.pt")
     step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args)
     log_file, log = start_log(os.path.join(args.out, "log.csv"), step)
@@ -630,15 +642,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = get_learning_rate(step, args)
 
-        # forward, backward: the micro-steps add up to the mean over the whole batch
-        loss = 0.0
-        for micro in range(args.gradient_accumulation_steps):
-            number = step * args.gradient_accumulation_steps + micro
-            with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
-                seed = args.seed * 1_000_003 + number
-                descend, part = training_loss(model, schedule, next_batch(number), seed, args, device)
-            scaler.scale(descend / args.gradient_accumulation_steps).backward()
-            loss += part.item() / args.gradient_accumulation_steps
+        # forward, backward
+        loss = accumulate(model, schedule, next_batch, step, args, device, scaler)
         if loss != loss:
             raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
                              f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")

@@ -23,26 +23,30 @@ def arguments(tmp_path, base, stage="interp", **changes):
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+def whole_and_cut(tmp_path, weights, monkeypatch, step, **options):
+    """The folders of two runs: one to its end, one that crashes at a step and is resumed."""
+    train.main(arguments(tmp_path / "whole", weights, **options))
+    update = train.update_ema
+
+    def crash(ema, parameters, decay, now):
+        """Average the weights, but not at that step."""
+        if now == step:
+            raise KeyboardInterrupt
+        update(ema, parameters, decay, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments(tmp_path / "cut", weights, **options))
+    train.main(arguments(tmp_path / "cut", weights, **options) + ["--resume", "auto"])
+    return [tmp_path / run / "interp" for run in ("whole", "cut")]
+
+
 def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
     """20 steps == 10 steps, a crash, --resume, 10 steps.
 
     Weights, average, optimizer, data order and log, bit for bit."""
-    options = dict(max_steps=20, save_every=10)
-    train.main(arguments(tmp_path / "whole", small_weights, **options))
-    update = train.update_ema
-
-    def crash(ema, parameters, decay, step):
-        if step == 14:
-            raise KeyboardInterrupt
-        update(ema, parameters, decay, step)
-
-    monkeypatch.setattr(train, "update_ema", crash)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(arguments(tmp_path / "cut", small_weights, **options))
-    monkeypatch.setattr(train, "update_ema", update)
-    train.main(arguments(tmp_path / "cut", small_weights, **options) + ["--resume", "auto"])
-
-    folders = [tmp_path / run / "interp" for run in ("whole", "cut")]
+    folders = whole_and_cut(tmp_path, small_weights, monkeypatch, 14, max_steps=20, save_every=10)
     whole, cut = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in folders)
     assert whole["step"] == cut["step"] == 20
     for part in ("model", "ema"):
@@ -265,21 +269,8 @@ def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, o
     """--data: 4 steps == 2 steps, a crash, --resume, 2 steps; and no clip is read that --drop names."""
     (tmp_path / "drop.txt").write_text("3.mp4/000\n")
     own = dict(data=own_clips, drop=tmp_path / "drop.txt", max_steps=4, save_every=2)
-    train.main(arguments(tmp_path / "whole", small_weights, **own))
-    update = train.update_ema
-
-    def crash(ema, parameters, decay, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        update(ema, parameters, decay, step)
-
-    monkeypatch.setattr(train, "update_ema", crash)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(arguments(tmp_path / "cut", small_weights, **own))
-    monkeypatch.setattr(train, "update_ema", update)
-    train.main(arguments(tmp_path / "cut", small_weights, **own) + ["--resume", "auto"])
-    whole, cut = (torch.load(tmp_path / run / "interp" / "ckpt.pt", weights_only=True)
-                  for run in ("whole", "cut"))
+    folders = whole_and_cut(tmp_path, small_weights, monkeypatch, 3, **own)
+    whole, cut = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in folders)
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
     model = load_weights(small_weights)
     clips = lambda split: data.cached_clips(str(own_clips), model, "interp", split, str(own["drop"])).names
