@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import mode
 
 import numpy as np
 import torch
@@ -396,6 +397,7 @@ def prefetch(draw):
     pool, ahead = ThreadPoolExecutor(1), {}
 
     def batch(step):
+        """The batch of a step, drawn already if the steps come in order."""
         wanted = ahead.pop(step, None) or pool.submit(draw, step)
         ahead.clear()
         ahead[step + 1] = pool.submit(draw, step + 1)
@@ -948,6 +950,7 @@ def folder_clips(folder, clips, flips=True):
     names, about = list(clips), list(clips.values())
 
     def read(i, places, mirrored):
+        """Frames of clip i from its pictures."""
         paths = frame_paths(folder, names[i])
         frames = read_frames([paths[place] for place in places.tolist()])
         return frames.flip(-1) if mirrored else frames
@@ -963,8 +966,8 @@ def probes(shapes, n_frames, count=4):
     Short and long windows of the commonest number of frames; if there are few, each at several places."""
     windows = {(window.frames, window.new): window for windows in shapes for window in windows
                if reach(window) < n_frames}.values()
-    sizes = [len(window.frames) for window in windows]
-    alike = [window for window in windows if len(window.frames) == max(sorted(set(sizes)), key=sizes.count)]
+    size = mode(sorted(len(window.frames) for window in windows))
+    alike = [window for window in windows if len(window.frames) == size]
     alike.sort(key=lambda window: (reach(window), window.frames, window.new))
     return [(alike[i * len(alike) // count], (i + 0.5) / count) for i in range(count)]
 
@@ -990,7 +993,7 @@ def count_windows(stage, lengths, n_frames):
     table = {}
     for window in (window for windows in window_shapes(stage, longest) for window in windows):
         gaps = [b - a for a, b in zip(window.frames, window.frames[1:]) if a in window.new or b in window.new]
-        stride, span = max(sorted(set(gaps)), key=gaps.count), reach(window)
+        stride, span = mode(sorted(gaps)), reach(window)
         windows, holders, places = table.get(stride, (0, set(), 0))
         table[stride] = (windows + 1, holders | {i for i, n in enumerate(lengths) if n > span},
                          places + sum(max(0, n - span) for n in lengths))
@@ -1000,6 +1003,7 @@ def count_windows(stage, lengths, n_frames):
 def unreadable_clips(folder, clips):
     """{clip: what is wrong}, of clips that are not what their json says. Reads every picture."""
     def problem(item):
+        """A clip (name, about) -> its name and what is wrong with it, or None."""
         name, clip = item
         try:
             shape = tuple(read_frames(frame_paths(folder, name)).shape)
@@ -1168,6 +1172,7 @@ def cached_clips(folder, model, stage, split=None, drop=None, flips=True):
             return file.get_slice(key)[:, frames].float()
 
     def read(i, places, mirrored):
+        """Latents of clip i from its cache entry."""
         first, last = int(places[0]), int(places[-1])
         return part(i, "mirrored" if mirrored else "latents", slice(first, last + 1))[:, places - first]
 
