@@ -594,13 +594,12 @@ def write_mp4(folder, fps):
 
 def write_video(folder, n_frames, fps):
     """Everything one can look at, from the written frames: GIF, WebP, MP4 and a contact sheet."""
-    short = n_frames <= ANIMATION_FRAMES
-    if not short:
+    if n_frames > ANIMATION_FRAMES:
         print(f"more than {ANIMATION_FRAMES} frames: no video.gif and video.webp, whose writers keep all "
               "frames in memory; see video.mp4 or frames")
+    pixels = read_frames(folder, range(n_frames)) if n_frames <= ANIMATION_FRAMES else None
     for name in (os.path.join(folder, "video.gif"), os.path.join(folder, "video.webp")):
-        if short:
-            pixels = read_frames(folder, range(n_frames))
+        if pixels is not None:
             with data.complete(name) as path:
                 data.save_animation(path, pixels, fps, max(1, 256 // pixels.shape[1]))
         elif os.path.exists(name):
@@ -742,16 +741,18 @@ def processes():
     return rank, world
 
 
-def open_run(args, plan, size):
-    """The folder of a run with its arguments and its store of latents (4, size, size), new or as it was."""
+def open_run(args, n_frames, size):
+    """Make the folder of a run, or open it again. Returns its Store, n_frames latents (4, size, size).
+
+    It grows where a finished video is extended."""
     os.makedirs(os.path.join(args.out, "frames"), exist_ok=True)
     with data.complete(os.path.join(args.out, "args.json")) as path, open(path, "w") as file:
         json.dump(vars(args), file, indent=1)
     path = os.path.join(args.out, "latents.safetensors")
     if not os.path.exists(path):
-        Store.create(path, length(plan, args.frames), (4, size, size))
-    elif Store(path).length < length(plan, args.frames):   # a finished video that is extended
-        Store(path).lengthen(length(plan, args.frames))
+        return Store.create(path, n_frames, (4, size, size))
+    store = Store(path)
+    return store if store.length >= n_frames else store.lengthen(n_frames)
 
 
 def fill_in(args, store, pictures, given, model, sampler, prompt):
@@ -785,13 +786,12 @@ def sample(args):
     pictures, prompts = read_inputs(args, config.size, world, borders)
     print("prompt: " + "; ".join(f"from frame {border} {prompt}" if border else prompt
                                  for border, prompt in zip(borders, prompts)))
-    path = os.path.join(args.out, "latents.safetensors")
     if rank == 0:
-        open_run(args, plan, config.size // config.vae_factor)
-        fill_in(args, Store(path), pictures, given, model, sampler, prompts[0])
+        store = open_run(args, length(plan, args.frames), config.size // config.vae_factor)
+        fill_in(args, store, pictures, given, model, sampler, prompts[0])
     wait_for_all()
 
-    store, chunk = Store(path), args.decode_chunk
+    store, chunk = Store(os.path.join(args.out, "latents.safetensors")), args.decode_chunk
     pending = [range(i, min(i + chunk, args.frames)) for i in range(args.known, args.frames, chunk)]
     pending = [frames for frames in pending[rank::world_size] if not is_written(args.out, frames)]
     write = lambda: write_ready(args, model, device, store, pictures, pending)
