@@ -525,33 +525,44 @@ class UNet(nn.Module):
         if h % self.factor or w % self.factor:
             raise ValueError(f"the UNet got latents of {h}x{w}; height and width must be multiples of "
                              f"{self.factor}: resize the pictures")
-        window = None
-        if temporal and f > 1:
-            window = self.look_around(x, t, context, frames, given)
-            guess, doubt = self.temporal_guess(window)
+        window = self.look_around(x, t, context, frames, given) if temporal and f > 1 else None
+        out, guess = self.decode(x, t, context, window, *self.encode(x, t, context, window))
+        return (out, guess) if with_guess else out
+
+    def encode(self, x, t, context, window):
+        """The first half, down to the middle: hidden, emb, guess and doubt (None without a window), *skips.
+
+        These tensors are all that the second half needs of it: the two may stand on different devices."""
+        guess, doubt = (None, None) if window is None else self.temporal_guess(window)
         emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
         emb = self.time_embed(emb)                                                        # (b f, emb)
-
         skips, hidden = [], rearrange(x, "b c f h w -> (b f) c h w")
         for i, stage in enumerate(self.input_blocks):
             hidden = self.run(i, stage, hidden, emb, context, window)
             if i == 0 and window is not None:
                 hidden = hidden + self.temporal_hint(torch.cat([window.hint, guess], dim=1))
             skips.append(hidden)
-        hidden = self.run(0, self.middle_block, hidden, emb, context, window)
+        return self.run(0, self.middle_block, hidden, emb, context, window), emb, guess, doubt, *skips
+
+    def decode(self, x, t, context, window, hidden, emb, guess, doubt, *skips):
+        """The second half, back up: the answer and the guess (None without a window), like x."""
+        skips = list(skips)
         for i, stage in enumerate(self.output_blocks):
             hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
-        video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=b)
+        video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=len(x))
         out = video(self.out(hidden))
-        if window is not None:
-            of_frames = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None]     # (b f, 8, 1, 1)
-            trust, frame_doubt = of_frames.chunk(2, dim=1)
-            trust = trust.tanh()    # full trust is easily said exactly: what differs per frame flickers
-            e = (doubt + frame_doubt).clamp(-6, 1).exp()
-            out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
-        if with_guess:
-            return out, video(guess)
-        return out
+        if window is None:
+            return out, None
+        of_frames = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None]         # (b f, 8, 1, 1)
+        trust, frame_doubt = of_frames.chunk(2, dim=1)
+        trust = trust.tanh()    # full trust is easily said exactly: what differs per frame flickers
+        e = (doubt + frame_doubt).clamp(-6, 1).exp()
+        out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
+        return out, video(guess)
+
+    def stages(self):
+        """All stages, in the order they run."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
 
     def look_around(self, x, t, context, frames, given):
         """The `Around` of a window: what its temporal layers and the paths for given frames work with."""

@@ -168,8 +168,11 @@ def prepare_data(args, model, split, device):
     clips = data.sky_clips(cache, encode, worlds, frames, model.config.size, key=fingerprint(model.vae))
     if args.stage == "image":
         def image_batch(step):
+            """Single frames as windows of one frame, to be made."""
             latents, captions = clips.images(args.seed, step, args.batch_size)
-            return {"latents": latents, "captions": captions}
+            none = torch.zeros(len(latents), 1, dtype=torch.bool)
+            return {"latents": latents[:, :, None], "captions": captions, "given": none, "user": none,
+                    "frames": none.long()}
         return image_batch
     shapes = data.window_shapes(args.stage, args.frames)
     return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
@@ -190,6 +193,22 @@ def random_levels(batch, generator, args):
     return t_new, torch.where(torch.rand(b, generator=generator) < 0.2, 0, t_aug)
 
 
+def add_noise(model, batch, seed, args):
+    """A training batch with all that is random about it, a function of `seed` alone.
+
+    That is eps, and but for the VAE levels t_new and t_aug (b,) and which captions are dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    if args.stage == "vae":
+        b, _, H, W = batch["images"].shape
+        size = (b, 4, H // model.config.vae_factor, W // model.config.vae_factor)
+        return batch | {"eps": torch.randn(size, generator=generator)}
+    t_new, t_aug = random_levels(batch, generator, args)
+    dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
+    eps = torch.randn(batch["latents"].shape, generator=generator)
+    return batch | {"t_new": t_new, "t_aug": t_aug, "captions": captions, "eps": eps}
+
+
 def embed(model, batch, captions):
     """Text embeddings (b, 77, d) of captions: from the batch if it brings them, but for dropped captions."""
     if "contexts" not in batch:
@@ -200,22 +219,27 @@ def embed(model, batch, captions):
     return torch.where(dropped[:, None, None], model.context([""]), batch["contexts"])
 
 
-def diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions):
+def noised(schedule, batch):
+    """What the UNet is shown of a batch: latents x_t like batch["latents"], and the level t (b, f) of each frame.
+
+    Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave it."""
+    x0, given = batch["latents"], batch["given"]
+    t = torch.where(given, batch["t_aug"][:, None], batch["t_new"][:, None])
+    t = torch.where(batch["user"], 0, t)                                          # (b, f)
+    x_t = schedule.q_sample(x0, t, batch["eps"])
+    return torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t), t    # level 0: really clean
+
+
+def diffusion_errors(unet, schedule, batch, args):
     """Errors of the UNet's answer, and of its guess at the clean frames: (b, c, f, h, w), 0 on given frames.
 
-    Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave
-    it. A single frame has no neighbours to guess from: None."""
-    x0 = batch["latents"]  # (b, c, f, h, w)
-    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-    given, user = batch["given"], batch["user"]                                   # (b, f) each
-    t = torch.where(user, 0, torch.where(given, t_aug[:, None], t_new[:, None]))  # (b, f)
-    x_t = schedule.q_sample(x0, t, eps)
-    x_t = torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t)        # level 0: really clean
-    context, new = embed(model, batch, captions), ~given[:, None, :, None, None]
-    target = schedule.target(x0, t, eps)
+    `unet`: a function called like it. A single frame has no neighbours to guess from: None."""
+    x0, given, context = batch["latents"], batch["given"], batch["context"]
+    x_t, t = noised(schedule, batch)
+    target, new = schedule.target(x0, t, batch["eps"]), ~given[:, None, :, None, None]
     if args.stage not in VIDEO_STAGES:
-        return (model.unet(x_t, t, context, temporal=False).float() - target) * new, None
-    output, guess = model.unet(x_t, t, context, batch["frames"], given, with_guess=True)
+        return (unet(x_t, t, context, temporal=False).float() - target) * new, None
+    output, guess = unet(x_t, t, context, batch["frames"], given, with_guess=True)
     return (output.float() - target) * new, (guess.float() - x0) * new
 
 
@@ -245,44 +269,55 @@ def relative(error, batch, floor):
     return size / (size.detach() + floor)
 
 
-def vae_loss(model, images, generator):
+def vae_loss(model, images, eps):
     """What the picture loses, and how far the latents are from unit normal: (b,).
 
     L1 of the picture and of its differences to the neighbours (edges stay sharp), and a little KL, all means
-    (Rombach et al., without the discriminator)."""
+    (Rombach et al., without the discriminator). eps: noise like the latents, to draw a sample of them."""
     mean, log_variance = model.vae.moments(images)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     log_variance = log_variance.clamp(-30, 20)
-    wrong = model.vae.pictures(mean + (0.5 * log_variance).exp() * noise) - images
+    wrong = model.vae.pictures(mean + (0.5 * log_variance).exp() * eps) - images
     edges = wrong.diff(dim=2).abs().mean(dim=(1, 2, 3)) + wrong.diff(dim=3).abs().mean(dim=(1, 2, 3))
     kl = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean(dim=(1, 2, 3))
     return wrong.abs().mean(dim=(1, 2, 3)) + 0.5 * edges + 3e-4 * kl
 
 
 def to_device(batch, device):
-    """A batch with its tensors on the device. Single frames become windows of one frame, to be made."""
-    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    if "frames" not in batch and "latents" in batch:
-        batch["latents"] = batch["latents"][:, :, None]
-        none = torch.zeros(len(batch["latents"]), 1, dtype=torch.bool, device=device)
-        batch |= {"given": none, "user": none, "frames": none.long()}
+    """A batch with its tensors on the device."""
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def take(batch, share):
+    """One of so many equal parts of a batch, whose tensors and lists all go by examples."""
+    part, parts = share
+    size = len(next(iter(batch.values()))) // parts
+    return {key: value[part * size:(part + 1) * size] for key, value in batch.items()}
+
+
+def prepare_batch(model, batch, seed, args, device, share=(0, 1)):
+    """A drawn batch as the loss needs it, tensors (b, ...) on the device: noise added, captions embedded.
+
+    Of several processes each makes the noise of all, a function of `seed` alone, and keeps its share."""
+    batch = to_device(take(add_noise(model, batch, seed, args), share), device)
+    if args.stage != "vae":
+        batch["context"] = embed(model, batch, batch.pop("captions"))
     return batch
 
 
-def training_loss(model, schedule, batch, seed, args, device):
-    """What to descend on for one batch, and its loss, two scalars. Its noise is a function of `seed` alone.
+def training_loss(model, schedule, batch, args):
+    """What to descend on for a batch of `prepare_batch`, and its loss, two scalars."""
+    if args.stage == "vae":
+        loss = vae_loss(model, batch["images"], batch["eps"]).mean()
+        return loss, loss
+    return denoising_loss(model.unet, schedule, batch, args)
+
+
+def denoising_loss(unet, schedule, batch, args):
+    """The same where noise is taken off by a function called like the UNet.
 
     Video stages go by relative errors, that of the guess beside that of the answer."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = to_device(batch, device)
-    if args.stage == "vae":
-        loss = vae_loss(model, batch["images"], generator).mean()
-        return loss, loss
-    t_new, t_aug = (t.to(device) for t in random_levels(batch, generator, args))
-    dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
-    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
-    error, guess_error = diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions)
-    weight = min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else 1
+    error, guess_error = diffusion_errors(unet, schedule, batch, args)
+    weight = min_snr_weight(schedule, batch["t_new"], args.snr_gamma) if args.snr_gamma else 1
     loss = weight * mean_square(error, batch["given"])
     descend = loss
     if args.stage in VIDEO_STAGES:
@@ -298,19 +333,19 @@ def validation_loss(model, schedule, batches, args, device, levels=LEVELS):
     run to run. Given frames stand at the level t = 20. For the VAE there are no levels: the quarters are
     empty."""
     if args.stage == "vae":
-        losses = [vae_loss(model, to_device(batch, device)["images"], torch.Generator().manual_seed(i)).mean()
+        losses = [training_loss(model, schedule, prepare_batch(model, batch, i, args, device), args)[1]
                   for i, batch in enumerate(batches)]
         return torch.stack(losses).mean().item(), []
     by_level = []
     for level in levels:
         losses = []
         for i, batch in enumerate(batches):
-            batch = to_device(batch, device)
-            t_new = torch.full((len(batch["latents"]),), level, device=device)
-            t_aug = torch.full_like(t_new, min(20, args.aug_max))
-            noise, captions = torch.Generator().manual_seed(i), batch["captions"]
-            error, _ = diffusion_errors(model, schedule, batch, t_new, t_aug, noise, args, captions)
-            losses.append(mean_square(error, batch["given"]))
+            eps = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(i))
+            batch = to_device(batch | {"eps": eps}, device)
+            batch["context"] = embed(model, batch, batch["captions"])
+            batch["t_new"] = torch.full((len(eps),), level, device=device)
+            batch["t_aug"] = torch.full((len(eps),), min(20, args.aug_max), device=device)
+            losses.append(mean_square(diffusion_errors(model.unet, schedule, batch, args)[0], batch["given"]))
         by_level.append(torch.cat(losses).mean())
     by_level = torch.stack(by_level)
     return by_level.mean().item(), by_level.view(4, -1).mean(1).tolist()
@@ -537,7 +572,8 @@ def accumulate(model, schedule, next_batch, step, args, device, scaler):
     for number in range(step * n, (step + 1) * n):
         with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
             seed = args.seed * 1_000_003 + number
-            descend, part = training_loss(model, schedule, next_batch(number), seed, args, device)
+            batch = prepare_batch(model, next_batch(number), seed, args, device)
+            descend, part = training_loss(model, schedule, batch, args)
         scaler.scale(descend / n).backward()
         loss += part.item() / n
     return loss

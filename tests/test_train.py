@@ -114,10 +114,11 @@ def test_loss_falls_when_one_batch_is_seen_again_and_again(tmp_path, small_weigh
         parameter.requires_grad_(True)
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr)
     batch = train.prepare_data(args, model, "train", torch.device("cpu"))(0)
+    batch = train.prepare_batch(model, batch, 0, args, torch.device("cpu"))
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
     losses = []
     for _ in range(150):
-        descend, loss = train.training_loss(model, schedule, batch, 0, args, torch.device("cpu"))
+        descend, loss = train.training_loss(model, schedule, batch, args)
         optimizer.zero_grad()
         descend.backward()
         optimizer.step()
@@ -126,10 +127,10 @@ def test_loss_falls_when_one_batch_is_seen_again_and_again(tmp_path, small_weigh
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, small_weights):
-    """Two halves of a batch at half weight give the gradient of the batch.
+    """Two halves of a batch, with the noise of the whole and at half weight, give the gradient of the batch.
 
-    --gradient_accumulation_steps relies on it."""
-    args = train.parse(arguments(tmp_path, small_weights, batch_size=4, caption_dropout=0.0))
+    --gradient_accumulation_steps relies on it, and so do several processes, each with its share."""
+    args = train.parse(arguments(tmp_path, small_weights, batch_size=4))
     model = train.prepare_model(args)
     trainable = train.trainable_parameters(model, "interp")
     for parameter in trainable.values():
@@ -137,17 +138,13 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, small_we
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     schedule = NoiseSchedule("v", True)
     batch = train.prepare_data(args, model, "train", torch.device("cpu"))(0)
-    t_new, t_aug = torch.tensor([900, 500, 100, 300]), torch.tensor([0, 50, 100, 200])
     grads = []
-    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+    for shares in ([(0, 1)], [(0, 2), (1, 2)]):
         model.unet.zero_grad()
-        noise = torch.Generator().manual_seed(0)  # one stream: the halves see the noise of the whole batch
-        for part in parts:
-            some = {key: value[part] for key, value in batch.items()}
-            errors = train.diffusion_errors(model, schedule, some, t_new[part], t_aug[part], noise, args,
-                                            some["captions"])
-            loss = sum(train.relative(error, some, 1e-3).mean() for error in errors)
-            (loss / len(parts)).backward()
+        for share in shares:
+            part = train.prepare_batch(model, batch, 0, args, torch.device("cpu"), share)
+            assert len(part["latents"]) == 4 / share[1]
+            (train.training_loss(model, schedule, part, args)[0] / len(shares)).backward()
         grads.append([parameter.grad.clone() for parameter in trainable.values()])
     for one, other in zip(*grads):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
@@ -187,7 +184,7 @@ def test_dry_run_touches_nothing(tmp_path, small_weights, capsys):
     assert "trainable" in capsys.readouterr().out and not os.listdir(tmp_path)
 
 
-def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_weights, monkeypatch):
+def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_weights):
     """The UNet is shown t = 0 and untouched latents for the user's frames.
 
     t_aug where the plan made them, t_new else."""
@@ -201,10 +198,9 @@ def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_w
         seen.update(x=x, t=t)
         return torch.zeros_like(x), torch.zeros_like(x)
 
-    monkeypatch.setattr(model, "unet", unet)
     t_new, t_aug = torch.tensor([900, 800, 700]), torch.tensor([100, 50, 0])
-    schedule = NoiseSchedule("v", True)
-    train.diffusion_errors(model, schedule, batch, t_new, t_aug, torch.Generator(), args, batch["captions"])
+    noise = {"t_new": t_new, "t_aug": t_aug, "eps": torch.randn(batch["latents"].shape), "context": None}
+    train.diffusion_errors(unet, NoiseSchedule("v", True), batch | noise, args)
     for row in range(3):
         for place in range(batch["given"].shape[1]):
             given, user = batch["given"][row, place], batch["user"][row, place]
