@@ -16,14 +16,17 @@ import html
 import json
 import math
 import os
+import sys
 import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
@@ -931,6 +934,24 @@ def choose_device(name=None):
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple GPU"
     return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
+
+
+def processes(backend="gloo"):
+    """(rank, world): which process this is, of how many. torchrun starts them; without it (0, 1).
+
+    backend: gloo carries tensors between CPUs, nccl between GPUs; there each process has a GPU of its own."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if int(os.environ["LOCAL_WORLD_SIZE"]) != world:
+        raise ValueError(f"{world} processes on several machines, which share no folder: start them on one, "
+                         "with torchrun --standalone")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    dist.init_process_group(backend, timeout=timedelta(days=1))   # a video, or latents, may take so long
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")   # one process says what happens
+    return rank, world
 
 
 def checksum(tensors, *texts):

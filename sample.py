@@ -23,11 +23,9 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from bisect import bisect_right
-from datetime import timedelta
 from itertools import groupby
 
 import numpy as np
@@ -41,7 +39,8 @@ import data
 from convert_sd_weights import merge_lora
 from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
                        rescale_guidance)
-from model import PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, read_weights
+from model import (PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, processes,
+                   read_weights)
 from schedule import (PLANNERS, STAGES, assign, by_frame, costs, cut, extension, gain, ladder, length, show,
                       verify)
 
@@ -722,25 +721,6 @@ def read_inputs(args, size, world, borders):
     return pictures, [prompts[border] for border in borders]
 
 
-def processes():
-    """(rank, world): which process this is, of how many. torchrun starts them; without it (0, 1).
-
-    No latents go through the process group: the processes of one machine share the run's folder, where each
-    finds what the others have made. So gloo serves on GPUs too, one for each process."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if int(os.environ["LOCAL_WORLD_SIZE"]) != world:
-        raise ValueError(f"{world} processes on several machines: sample.py shares a folder of one machine, "
-                         "start it with torchrun --standalone")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=timedelta(days=1))   # a video may take so long
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")   # one process says what happens
-    return rank, world
-
-
 def open_run(args, n_frames, size):
     """Make the folder of a run, or open it again. Returns its Store, n_frames latents (4, size, size).
 
@@ -770,7 +750,10 @@ def fill_in(args, store, pictures, given, model, sampler, prompt):
 
 @torch.no_grad()
 def sample(args):
-    """One video, from its plan to its folder."""
+    """One video, from its plan to its folder.
+
+    No latents go through the process group: the processes of one machine share the run's folder, where each
+    finds what the others have made. So gloo serves on GPUs too."""
     begun, (rank, world_size) = time.time(), processes()
     wait_for_all = dist.barrier if world_size > 1 else lambda: None
     plan, given, borders = frame_plan(args)
