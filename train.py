@@ -3,6 +3,7 @@
     python train.py --stage interp                  fresh temporal layers on the shipped image model, minutes
     python train.py --stage interp --resume auto    go on where the last run of this stage stopped
     python train.py --stage interp --data DIR       on your own clips, prepared and encoded by data.py
+    torchrun --standalone --nproc_per_node=2 train.py --stage interp     two processes, half a batch each
 
 The tiny model from nothing, in this order (README.md has the times and what to expect):
 
@@ -16,21 +17,26 @@ windows that a plan starts with, goes on with and fills with; `video` trains one
 """
 
 import argparse
+import copy
 import csv
 import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 from diffusion import T, NoiseSchedule, ddim_sample, ddim_timesteps, min_snr_weight
-from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_temporal, load_weights, read_weights,
-                   save_weights)
+from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_temporal, load_weights, processes,
+                   read_weights, save_weights)
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
@@ -93,6 +99,11 @@ def parse(argv):
                    "more time; 0: off")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    # several processes: torchrun starts them, and --batch_size is what they share
+    p.add_argument("--shard", action="store_true", help="each process keeps only its part of the UNet, of "
+                   "gradients and of optimizer state: less memory, more traffic; for the video stages")
+    p.add_argument("--pipeline", action="store_true", help="two processes make one UNet, the way down and "
+                   "the way up: half of the activations each, 4 processes are two pairs; for video stages")
     # once in a while
     p.add_argument("--val_every", type=int, default=250)
     p.add_argument("--sample_every", type=int, default=1000,
@@ -220,9 +231,9 @@ def embed(model, batch, captions):
 
 
 def noised(schedule, batch):
-    """What the UNet is shown of a batch: latents x_t like batch["latents"], and the level t (b, f) of each frame.
+    """What the UNet is shown of a batch: x_t like batch["latents"], and the levels t (b, f).
 
-    Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave it."""
+    Every frame has its own: t_new where it is made, t_aug where it is given, 0 where the user gave it."""
     x0, given = batch["latents"], batch["given"]
     t = torch.where(given, batch["t_aug"][:, None], batch["t_new"][:, None])
     t = torch.where(batch["user"], 0, t)                                          # (b, f)
@@ -379,6 +390,171 @@ def write_scores(args, model, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Several processes: each takes its share of every batch, and rank 0 alone validates, logs and writes
+# ------------------------------------------------------------------------------------------------------------
+
+def batch_parts(args, world):
+    """Into how many parts a batch is cut. ValueError if so many processes cannot share a run like this."""
+    parts = world // 2 if args.pipeline else world
+    apart, size = args.shard or args.pipeline, args.batch_size
+    for wrong, words in (
+            (apart and world == 1, "--shard and --pipeline are for several processes, found one: start with "
+                                   "torchrun --standalone --nproc_per_node=2 train.py ..."),
+            (args.shard and args.pipeline, "--shard and --pipeline exclude each other: leave one away"),
+            (apart and args.stage not in VIDEO_STAGES, "--shard and --pipeline are for the stages "
+             f"{', '.join(VIDEO_STAGES)}, found {args.stage}: leave them away"),
+            (apart and args.mixed_precision == "fp16", "--shard and --pipeline have no fp16: take bf16"),
+            (args.score and world > 1, "--score runs in one process: start it without torchrun"),
+            (args.pipeline and world % 2, f"--pipeline takes pairs of processes, found {world}: add one"),
+            (size % max(1, parts), f"--batch_size {size} cannot be shared by {parts}: give a multiple"),
+            (args.pipeline and size < 2 * parts, f"--batch_size {size} leaves a pipeline fewer than two "
+             f"examples at a time: give {2 * parts} or more")):
+        if wrong:
+            raise ValueError(words)
+    return parts
+
+
+@contextmanager
+def in_turn(rank, world):
+    """Inside this rank 0 goes first: the others find on the disk what it made."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def add_up(number, device):
+    """The sum of a number over all processes."""
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+class Objective(nn.Module):
+    """A loss, a function (batch, seed) -> two scalars, as the module that DistributedDataParallel wraps."""
+    def __init__(self, networks, loss):
+        super().__init__()
+        self.networks, self.loss = nn.ModuleDict(networks), loss
+
+    def forward(self, batch, seed):
+        return self.loss(batch, seed)
+
+
+def shard(unet):
+    """Split every tensor of a UNet among the processes, in place. Stages are whole only while they run.
+
+    Returns a copy on the CPU that stays whole, for `averaged`.
+    fully_shard splits neither a lone number nor what is not contiguous, as channels-last is not."""
+    from torch.distributed.fsdp import fully_shard   # takes a second to import
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")   # returns a view: nobody changes it in place
+    device = next(unet.parameters()).device
+    spare = copy.deepcopy(unet.cpu())
+    unet.to(device, memory_format=torch.contiguous_format)
+    unet.temporal_guess.sharpness = nn.Parameter(unet.temporal_guess.sharpness.detach()[None])
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for stage in (*unet.stages(), unet):
+        fully_shard(stage, mesh=mesh)
+    return spare
+
+
+def whole(state):
+    """A nested dict of tensors with those that are sharded put together, on the CPU, for rank 0 to keep.
+
+    All processes do it at the same time. What is not sharded stays as it is."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    tensor = state.full_tensor()
+    return (tensor[0] if tensor.shape == (1,) else tensor).cpu() if dist.get_rank() == 0 else None
+
+
+def part_of(tensor, parameter):
+    """Of a whole tensor what this process keeps: all of it, unless the parameter is sharded."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    tensor = tensor.to(parameter.device).view(parameter.shape)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+class Half(nn.Module):
+    """One half of the UNet as a stage of a pipeline: the way down, or the way up and the loss.
+
+    Both make x_t for themselves from the same batch; only what the first half has learned goes over."""
+    def __init__(self, unet, schedule, args, device, first):
+        super().__init__()
+        self.unet, self.schedule, self.args, self.device, self.first = unet, schedule, args, device, first
+
+    def forward(self, *learned, **batch):
+        def second_half(x, t, context, frames, given, with_guess):
+            return self.unet.decode(x, t, context, window._replace(emb=learned[0]), *learned[1:])
+
+        x_t, t = noised(self.schedule, batch)
+        with autocast(self.args, self.device):
+            window = self.unet.look_around(x_t, t, batch["context"], batch["frames"], batch["given"])
+            if self.first:
+                learned = window.emb, *self.unet.encode(x_t, t, batch["context"], window)
+                return tuple(tensor.contiguous() for tensor in learned)       # only such can be sent
+            return torch.stack(denoising_loss(second_half, self.schedule, batch, self.args))[None]   # (1, 2)
+
+
+class Pipeline:
+    """Forward and backward of a batch through two processes, its examples one by one and one after the other.
+
+    A pair of processes is one pipeline. Activations and work are halved; weights, gradients and optimizer
+    state are not: gradients are summed over all processes, and then every one does the same step."""
+    def __init__(self, model, schedule, args, device, rank, world):
+        self.model, self.args, self.device, self.place = model, args, device, rank % 2
+        self.halves = [Half(model.unet, schedule, args, device, first) for first in (True, False)]
+        self.share = (rank // 2, world // 2)
+        self.group = [dist.new_group([i, i + 1]) for i in range(0, world, 2)][rank // 2]
+        self.schedules = {}   # by the length of the windows: what is sent has a fixed shape
+
+    def __call__(self, batch, seed):
+        """The loss of this pipeline's share of a batch, and 0 in the process that does not see it."""
+        batch = prepare_batch(self.model, batch, seed, self.args, self.device, self.share)
+        f = batch["frames"].shape[1]
+        if f not in self.schedules:
+            self.schedules[f] = self.plan(batch)
+        losses = self.schedules[f].step(target=batch["frames"], **batch)      # (b, 2); a target has to be
+        return 0.0 if losses is None else losses[:, 1].mean().item()
+
+    def plan(self, batch):
+        """What torch runs for batches of this shape: one forward, one backward, by turns, per example."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B   # takes two seconds to import
+        learned = self.halves[0](**{key: value[:1] for key, value in batch.items()})
+        ends = (), learned, (torch.zeros(1, 2, requires_grad=True),)      # what goes in and out, by example
+        stage = PipelineStage(self.halves[self.place], self.place, 2, self.device, ends[self.place],
+                              ends[self.place + 1], group=self.group)
+        examples = len(batch["frames"])
+        mean = lambda losses, _: losses[:, 0].mean() / (examples * self.args.gradient_accumulation_steps)
+        return Schedule1F1B(stage, examples, mean, scale_grads=False)
+
+    def add_gradients(self):
+        """Give every process the mean gradient over all pipelines; of the other half it has none itself."""
+        for parameter in filter(lambda parameter: parameter.requires_grad, self.model.unet.parameters()):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.share[1]
+
+
+def prepare_objective(model, schedule, args, device, rank, world):
+    """What is called with a batch and a seed: a loss to go down from, or a `Pipeline`, which goes itself."""
+    if args.pipeline:
+        return Pipeline(model, schedule, args, device, rank, world)
+    def loss(batch, seed):
+        """(what to descend on, loss) of this process's share of a batch."""
+        batch = prepare_batch(model, batch, seed, args, device, (rank, world))
+        return training_loss(model, schedule, batch, args)
+    if world == 1 or args.shard:
+        return loss
+    return DistributedDataParallel(Objective(model.networks(), loss))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Averaged weights, checkpoints, logs
 # ------------------------------------------------------------------------------------------------------------
 
@@ -400,22 +576,35 @@ def swap(ema, parameters):
 
 
 @contextmanager
-def averaged(ema, parameters):
-    """Inside this, the network has the averaged weights: validation, samples and results are theirs."""
+def averaged(ema, parameters, model, spare=None):
+    """Inside this, the network has the averaged weights: validation, samples and results are theirs.
+
+    A sharded UNet gives them to its whole copy, `spare`, with which rank 0 can go on alone."""
     swap(ema, parameters)
+    unet = model.unet
+    if spare:
+        state, device = whole(unet.state_dict()), next(unet.parameters()).device
+        if dist.get_rank() == 0:
+            spare.load_state_dict(state)
+            model.unet = spare.to(device)
     try:
         yield
     finally:
+        if spare:
+            model.unet = unet
+            spare.cpu()
         swap(ema, parameters)
 
 
-def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args):
-    """Everything that a run needs to go on exactly. The file is complete or not there."""
+def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args, rank):
+    """Everything that a run needs to go on exactly, in any number of processes. Complete or not there."""
     state = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "step": step, "rng": torch.get_rng_state(),
              "preset": model.config.name, "stage": args.stage, "args": vars(args)}
-    with data.complete(path) as unfinished:
-        torch.save(state, unfinished)
+    state = whole(state)
+    if rank == 0:
+        with data.complete(path) as unfinished:
+            torch.save(state, unfinished)
 
 
 def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
@@ -440,29 +629,32 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
     if before != args.data_hash:
         raise ValueError(f"{path} was trained on other clips (hash {before}, now {args.data_hash}): give "
                          "--data, --drop and --flips as they were, or start anew in another --out folder")
-    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = lambda tensors: {name: tensor.shape or (1,) for name, tensor in tensors.items()}   # see `shard`
     if shapes(state["model"]) != shapes(parameters):
         raise ValueError(f"{path} holds other layers than model.py now has: start anew in another --out "
                          "folder")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state["model"][name])
-            ema[name].copy_(state["ema"][name])
+            parameter.copy_(part_of(state["model"][name], parameter))
+            ema[name].copy_(part_of(state["ema"][name], parameter))
+    for moments, parameter in zip(state["optimizer"]["state"].values(), parameters.values()):
+        moments |= {key: part_of(moments[key], parameter) for key in ("exp_avg", "exp_avg_sq")}
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
     return state["step"]
 
 
-def start_or_resume(path, parameters, ema, optimizer, scaler, args):
-    """Go on from a checkpoint if asked to, `path` for --resume auto. Writes args.json, returns the step."""
+def start_or_resume(path, parameters, ema, optimizer, scaler, args, rank):
+    """Go on from a checkpoint if asked to, `path` for --resume auto. Rank 0 writes args.json; the step."""
     step = 0
     if args.resume:
         path = path if args.resume == "auto" else args.resume
         step = load_checkpoint(path, parameters, ema, optimizer, scaler, args)
         print(f"resumed {path} at step {step}")
-    with open(os.path.join(args.out, "args.json"), "w") as file:
-        json.dump(vars(args), file, indent=1)
+    if rank == 0:
+        with open(os.path.join(args.out, "args.json"), "w") as file:
+            json.dump(vars(args), file, indent=1)
     return step
 
 
@@ -565,18 +757,43 @@ def prepare_optimizer(trainable, args, device):
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
 
 
-def accumulate(model, schedule, next_batch, step, args, device, scaler):
-    """Forward and backward of the micro-steps of one step, whose gradients add up to the mean's; the loss."""
+def autocast(args, device):
+    """Inside this, what can be is computed in the half precision of --mixed_precision."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    return torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no")
+
+
+def accumulate(objective, next_batch, step, args, device, scaler):
+    """Forward and backward of the micro-steps of one step, whose gradients add up to the mean's.
+
+    Returns the loss of this process's share."""
     loss, n = 0.0, args.gradient_accumulation_steps
     for number in range(step * n, (step + 1) * n):
-        with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
-            seed = args.seed * 1_000_003 + number
-            batch = prepare_batch(model, next_batch(number), seed, args, device)
-            descend, part = training_loss(model, schedule, batch, args)
-        scaler.scale(descend / n).backward()
-        loss += part.item() / n
+        batch, seed = next_batch(number), args.seed * 1_000_003 + number
+        if args.pipeline:
+            loss += objective(batch, seed) / n
+            continue
+        # processes exchange gradients once, in the last micro-step
+        alone = number + 1 < (step + 1) * n and isinstance(objective, DistributedDataParallel)
+        with objective.no_sync() if alone else nullcontext():
+            with autocast(args, device):
+                descend, part_loss = objective(batch, seed)
+            scaler.scale(descend / n).backward()
+        loss += part_loss.item() / n
+    if args.pipeline:
+        objective.add_gradients()
     return loss
+
+
+def update(trainable, ema, optimizer, scaler, step, args):
+    """Clip the gradients, take a step, average; the length that the gradients had."""
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    update_ema(ema, trainable, args.ema_decay, step + 1)
+    return (grad_norm.full_tensor() if args.shard else grad_norm).item()
 
 
 def report(model, trainable, args, device, why):
@@ -629,6 +846,8 @@ def main(argv=None):
     """Parse, prepare, loop. Every block of the loop starts with what it does."""
     args = parse(argv)
     device, why = choose_device(args.device)
+    rank, world = processes("nccl" if device.type == "cuda" else "gloo")
+    parts = batch_parts(args, world)
     model = prepare_model(args).to(device)
     trainable = freeze_the_rest(model, args.stage)
     report(model, trainable, args, device, why)
@@ -637,20 +856,24 @@ def main(argv=None):
     if args.score:
         return write_scores(args, model, device)
     check_out(args)
-    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
-    next_batch = data.prefetch(prepare_data(args, model, "train", device))
-    val_batch = prepare_data(args, model, "val", device)
+    with in_turn(rank, world):
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+        next_batch = data.prefetch(prepare_data(args, model, "train", device))
+        val_batch = prepare_data(args, model, "val", device)
     batches = [val_batch(step) for step in range(4)]
+    spare = shard(model.unet) if args.shard else None
+    trainable = trainable_parameters(model, args.stage)   # parts, where they are sharded
+    objective = prepare_objective(model, schedule, args, device, rank, world)
     ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     optimizer, scaler = prepare_optimizer(trainable, args, device)
     checkpoint_path = os.path.join(args.out, "ckpt.pt")
-    step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args)
-    log_file, log = start_log(os.path.join(args.out, "log.csv"), step)
+    step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args, rank)
+    log_file, log = start_log(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, step)
     model.unet.train()
     model.unet.checkpoint_every = args.gradient_checkpointing
     progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", smoothing=0.05,
-                    mininterval=1)
+                    mininterval=1, disable=rank > 0)
     started, val = time.time(), float("nan")
 
     while True:
@@ -658,17 +881,20 @@ def main(argv=None):
         last = step == args.max_steps
         row = {"step": step}
         if step % args.val_every == 0 or last:
-            with averaged(ema, trainable):
-                val, quarters = validation_loss(model, schedule, batches, args, device)
-            row |= {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
-            by_quarter = " ".join(f"{q:.4f}" for q in quarters)
-            progress.write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
+            with averaged(ema, trainable, model, spare):
+                if rank == 0:
+                    val, quarters = validation_loss(model, schedule, batches, args, device)
+                    row |= {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
+                    by_quarter = " ".join(f"{q:.4f}" for q in quarters)
+                    progress.write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
         if args.sample_every and step and step % args.sample_every == 0:
-            with averaged(ema, trainable):
-                sample_sheet(f"{args.out}/samples/{step:06d}.png", model, schedule, batches[0], args, device)
+            with averaged(ema, trainable, model, spare):
+                if rank == 0:
+                    sheet = f"{args.out}/samples/{step:06d}.png"
+                    sample_sheet(sheet, model, schedule, batches[0], args, device)
         if step and (step % args.save_every == 0 or last):
             log_file.flush()
-            save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args)
+            save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args, rank)
         if last:
             log.writerow(row)
             break
@@ -679,19 +905,15 @@ def main(argv=None):
             group["lr"] = get_learning_rate(step, args)
 
         # forward, backward
-        loss = accumulate(model, schedule, next_batch, step, args, device, scaler)
+        loss = accumulate(objective, next_batch, step, args, device, scaler)
+        loss = add_up(loss, device) / parts if world > 1 else loss
         if loss != loss:
             raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
                              f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")
 
         # clip, update, average
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.max_grad_norm).item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = update(trainable, ema, optimizer, scaler, step, args)
         step += 1
-        update_ema(ema, trainable, args.ema_decay, step)
 
         # timing and logging
         row |= {"step": step - 1, "loss": loss, "grad_norm": grad_norm,
@@ -700,15 +922,18 @@ def main(argv=None):
         log.writerow(row)
         progress.set_postfix(loss=f"{loss:.4f}", val=f"{val:.4f}", grad=f"{grad_norm:.2f}", refresh=False)
         progress.update()
-        if step % args.val_every == 0:
+        if step % args.val_every == 0 and rank == 0:
             log_file.flush()
             plot_losses(log_file.name, os.path.join(args.out, "loss.png"))
 
     progress.close()
     log_file.close()
-    plot_losses(log_file.name, os.path.join(args.out, "loss.png"))
-    with averaged(ema, trainable):
-        finish(model, schedule, args, (time.time() - started) / 60, val, batches, device)
+    with averaged(ema, trainable, model, spare):
+        if rank == 0:
+            plot_losses(log_file.name, os.path.join(args.out, "loss.png"))
+            finish(model, schedule, args, (time.time() - started) / 60, val, batches, device)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

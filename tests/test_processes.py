@@ -1,0 +1,138 @@
+"""pytest tests/test_processes.py: a run shared by several processes is that of one, and resumes exactly."""
+
+import csv
+import multiprocessing
+import os
+import socket
+import sys
+
+import pytest
+import torch
+
+import train
+
+
+def work(rank, world, port, argv, crash):
+    """One process of a run, set up as torchrun does it; `crash`: the step it dies at, if any."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
+                      LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    get_learning_rate, validation_loss = train.get_learning_rate, train.validation_loss
+
+    def dying(step, args):
+        """The learning rate, but not at that step."""
+        if step == crash:
+            os._exit(7)
+        return get_learning_rate(step, args)
+
+    def short(model, schedule, batches, args, device):
+        """The validation loss at a few levels of one batch."""
+        return validation_loss(model, schedule, batches[:1], args, device, train.LEVELS[1::2])
+
+    train.get_learning_rate, train.validation_loss = dying, short
+    train.sample_sheet = lambda *_: None
+    train.main(argv)
+
+
+def run(folder, weights, n, *more, stage="interp", crash=None, steps=4):
+    """A short run of n processes into a folder. Returns the folder."""
+    argv = ["--stage", stage, "--out", str(folder), "--max_steps", str(steps), "--batch_size", "4",
+            "--gradient_accumulation_steps", "2", "--worlds", "2", "--frames", "31", "--warmup_steps", "2",
+            "--val_every", "100", "--sample_every", "0", "--save_every", "2", "--device", "cpu", *more]
+    argv += ["--weights", weights] if stage != "vae" else []
+    context = multiprocessing.get_context("forkserver")   # imports torch once, and forks before it is used
+    context.set_forkserver_preload(["train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [context.Process(target=work, args=(rank, n, port, argv, crash)) for rank in range(n)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [7 if crash else 0] * n
+    return folder
+
+
+def rows(folder):
+    """The log of a run: losses, validation losses and lengths of gradients."""
+    with open(folder / "log.csv", newline="") as file:
+        return [[float(row[key] or 0) for key in ("loss", "val_loss", "grad_norm")]
+                for row in csv.DictReader(file)]
+
+
+def checkpoint(folder):
+    """The last checkpoint of a run."""
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_weights):
+    """A function (number of processes, *flags) -> the folder of their run of 4 steps of 2 x 4 examples."""
+    done = {}
+
+    def folder(n, *flags):
+        """Made when it is first asked for."""
+        if (n, flags) not in done:
+            done[n, flags] = run(tmp_path_factory.mktemp("whole") / "interp", small_weights, n, *flags)
+        return done[n, flags]
+
+    return folder
+
+
+@pytest.mark.parametrize("n, flags", [(2, []), (2, ["--shard"]), (2, ["--pipeline"]), (4, ["--pipeline"])])
+def test_curves_are_those_of_one_process(whole, n, flags):
+    """Losses and gradients within 1e-5, and no file more or less.
+
+    Weights within a tenth of a step: Adam goes as far on a gradient that is only rounding as on any other."""
+    shared, alone = whole(n, *flags), whole(1)
+    assert sorted(os.listdir(shared)) == sorted(os.listdir(alone))
+    for one, other in zip(rows(shared), rows(alone), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    one, other = checkpoint(shared)["ema"], checkpoint(alone)["ema"]
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max() for name in one) < 2e-4   # the learning rate is 2e-3
+
+
+@pytest.mark.parametrize("stage", ["vae", "image"])
+def test_the_other_stages_are_shared_too(tmp_path, small_weights, stage):
+    """Networks that train as a whole, with the text encoder, give the same curve as well."""
+    one, two = (run(tmp_path / str(n) / stage, small_weights, n, stage=stage, steps=2) for n in (1, 2))
+    for row, other in zip(rows(one), rows(two), strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--shard"]])
+def test_resumed_runs_are_exact(tmp_path, small_weights, whole, flags):
+    """2 processes, dead at step 3, resumed: bit for bit the run that went through."""
+    cut = run(tmp_path / "interp", small_weights, 2, *flags, crash=3)
+    assert checkpoint(cut)["step"] == 2
+    run(cut, small_weights, 2, *flags, "--resume", "auto")
+    assert rows(cut) == rows(whole(2, *flags))
+    one, other = checkpoint(whole(2, *flags)), checkpoint(cut)
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
+    for moments, same in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values()):
+        assert all(torch.equal(moments[key], same[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_a_checkpoint_fits_any_number_of_processes(tmp_path, small_weights, whole):
+    """Saved by two that shard, resumed by one: the curve of the run that went through."""
+    cut = run(tmp_path / "interp", small_weights, 2, "--shard", crash=3)
+    assert all(type(tensor) is torch.Tensor for tensor in checkpoint(cut)["ema"].values())
+    run(cut, small_weights, 1, "--resume", "auto")
+    for one, other in zip(rows(cut), rows(whole(1)), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("n, argv, words", [
+    (1, ["--shard"], "found one: start with torchrun"), (2, ["--shard", "--pipeline"], "leave one away"),
+    (2, ["--stage", "image", "--shard"], "found image"), (3, ["--pipeline"], "pairs of processes, found 3"),
+    (2, ["--pipeline", "--mixed_precision", "fp16"], "take bf16"), (4, [], "6 cannot be shared by 4"),
+    (4, ["--pipeline", "--batch_size", "2"], "give 4 or more"),
+    (2, ["--data", "x", "--score", "y"], "without torchrun")])
+def test_runs_that_cannot_be_shared_say_why(n, argv, words):
+    """In one sentence, before anything is made."""
+    args = train.parse(["--stage", "interp", *argv])
+    with pytest.raises(ValueError, match=words):
+        train.batch_parts(args, n)
