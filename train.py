@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 import data
@@ -99,7 +100,11 @@ def parse(argv):
                    "more time; 0: off")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    # several processes: torchrun starts them, and --batch_size is what they share
+    # speed, and several processes: torchrun starts them, and --batch_size is what they share
+    p.add_argument("--compile", action="store_true", help="torch.compile every stage of the UNet by itself; "
+                   "pays after minutes, and needs a C++ compiler on the CPU")
+    p.add_argument("--profile", action="store_true",
+                   help="look closely at steps 4 to 6: trace.json in --out, and a table of where time goes")
     p.add_argument("--shard", action="store_true", help="each process keeps only its part of the UNet, of "
                    "gradients and of optimizer state: less memory, more traffic; for the video stages")
     p.add_argument("--pipeline", action="store_true", help="two processes make one UNet, the way down and "
@@ -658,8 +663,9 @@ def start_or_resume(path, parameters, ema, optimizer, scaler, args, rank):
     return step
 
 
+# seconds: of the step; data_seconds: of these spent waiting for the batch
 COLUMNS = ["step", "loss", "val_loss", "val_q1", "val_q2", "val_q3", "val_q4", "grad_norm", "learning_rate",
-           "seconds", "memory"]
+           "seconds", "data_seconds", "memory"]
 
 
 def start_log(path, step):
@@ -763,26 +769,77 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no")
 
 
+def compile_stages(unet, device):
+    """torch.compile each stage of a UNet by itself, in place. ValueError where nothing can be compiled."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:   # whatever compilers are missing, each is told by an error of its own
+        raise ValueError(f"--compile: torch.compile does not work here ({error}): install what it asks for, "
+                         "a C++ compiler such as g++ on the CPU, or leave --compile away") from None
+    torch._dynamo.config.recompile_limit = 64   # one forward for all stages, and windows of several lengths
+    for stage in unet.stages():
+        stage.compile()
+
+
+@contextmanager
+def part(name, args, device):
+    """A named part of a step for --profile, where the GPU ends it before the next part begins."""
+    with record_function(name):
+        yield
+        if args.profile and device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def start_profile(args, device, rank):
+    """For --profile what looks at three steps, then writes its trace and prints where the time went."""
+    def show(trace):
+        """What to do when it has looked."""
+        trace.export_chrome_trace(os.path.join(args.out, "trace.json"))
+        events = {event.key: event for event in trace.key_averages()}
+        step = events["ProfilerStep*"].cpu_time_total    # of all the steps together, in microseconds
+        for name in ("data", "forward", "backward", "pipeline", "optimizer"):
+            if name in events:
+                share, ms = events[name].cpu_time_total / step, events[name].cpu_time_total / 3000
+                print(f"{name:10s}{ms:10.1f} ms a step {share:7.1%}")
+        busy = sum(event.self_device_time_total for event in events.values() if not event.is_user_annotation)
+        print(f"{'GPU':10s}{busy / 3000:10.1f} ms a step {busy / step:7.1%}" if device.type == "cuda" else
+              f"no GPU: {device}")
+        print(f"wrote {args.out}/trace.json: open it in ui.perfetto.dev or chrome://tracing")
+
+    if not args.profile or rank > 0:
+        return None
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    watch = profile(activities=kinds, schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+                    on_trace_ready=show)
+    watch.start()
+    return watch
+
+
 def accumulate(objective, next_batch, step, args, device, scaler):
     """Forward and backward of the micro-steps of one step, whose gradients add up to the mean's.
 
-    Returns the loss of this process's share."""
-    loss, n = 0.0, args.gradient_accumulation_steps
+    Returns the loss of this process's share, and the seconds it waited for data."""
+    loss, waited, n = 0.0, 0.0, args.gradient_accumulation_steps
     for number in range(step * n, (step + 1) * n):
-        batch, seed = next_batch(number), args.seed * 1_000_003 + number
+        begun, seed = time.time(), args.seed * 1_000_003 + number
+        with part("data", args, device):
+            batch = next_batch(number)
+        waited += time.time() - begun
         if args.pipeline:
-            loss += objective(batch, seed) / n
+            with part("pipeline", args, device):
+                loss += objective(batch, seed) / n
             continue
         # processes exchange gradients once, in the last micro-step
         alone = number + 1 < (step + 1) * n and isinstance(objective, DistributedDataParallel)
         with objective.no_sync() if alone else nullcontext():
-            with autocast(args, device):
+            with part("forward", args, device), autocast(args, device):
                 descend, part_loss = objective(batch, seed)
-            scaler.scale(descend / n).backward()
+            with part("backward", args, device):
+                scaler.scale(descend / n).backward()
         loss += part_loss.item() / n
     if args.pipeline:
         objective.add_gradients()
-    return loss
+    return loss, waited
 
 
 def update(trainable, ema, optimizer, scaler, step, args):
@@ -862,6 +919,8 @@ def main(argv=None):
         next_batch = data.prefetch(prepare_data(args, model, "train", device))
         val_batch = prepare_data(args, model, "val", device)
     batches = [val_batch(step) for step in range(4)]
+    if args.compile:
+        compile_stages(model.unet, device)
     spare = shard(model.unet) if args.shard else None
     trainable = trainable_parameters(model, args.stage)   # parts, where they are sharded
     objective = prepare_objective(model, schedule, args, device, rank, world)
@@ -874,7 +933,7 @@ def main(argv=None):
     model.unet.checkpoint_every = args.gradient_checkpointing
     progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", smoothing=0.05,
                     mininterval=1, disable=rank > 0)
-    started, val = time.time(), float("nan")
+    started, val, watch = time.time(), float("nan"), start_profile(args, device, rank)
 
     while True:
         # once in a while: validate and show the averaged weights, save everything
@@ -905,21 +964,25 @@ def main(argv=None):
             group["lr"] = get_learning_rate(step, args)
 
         # forward, backward
-        loss = accumulate(objective, next_batch, step, args, device, scaler)
+        loss, waited = accumulate(objective, next_batch, step, args, device, scaler)
         loss = add_up(loss, device) / parts if world > 1 else loss
         if loss != loss:
             raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
                              f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")
 
         # clip, update, average
-        grad_norm = update(trainable, ema, optimizer, scaler, step, args)
+        with part("optimizer", args, device):
+            grad_norm = update(trainable, ema, optimizer, scaler, step, args)
         step += 1
 
         # timing and logging
         row |= {"step": step - 1, "loss": loss, "grad_norm": grad_norm,
                 "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.time() - begun, 4), "memory": round(peak_memory(device), 3)}
+                "seconds": round(time.time() - begun, 4), "data_seconds": round(waited, 4),
+                "memory": round(peak_memory(device), 3)}
         log.writerow(row)
+        if watch:
+            watch.step()
         progress.set_postfix(loss=f"{loss:.4f}", val=f"{val:.4f}", grad=f"{grad_norm:.2f}", refresh=False)
         progress.update()
         if step % args.val_every == 0 and rank == 0:

@@ -1,15 +1,19 @@
 """pytest tests/test_processes.py: a run shared by several processes is that of one, and resumes exactly."""
 
 import csv
+import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
+from model import UNet
 
 
 def work(rank, world, port, argv, crash):
@@ -136,3 +140,39 @@ def test_runs_that_cannot_be_shared_say_why(n, argv, words):
     args = train.parse(["--stage", "interp", *argv])
     with pytest.raises(ValueError, match=words):
         train.batch_parts(args, n)
+
+
+def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, small_weights, capsys):
+    """Four parts that make up nearly the whole step, and a trace that can be opened."""
+    train.main(["--stage", "interp", "--out", str(tmp_path / "run"), "--max_steps", "6", "--batch_size", "2",
+                "--worlds", "2", "--frames", "31", "--weights", small_weights, "--profile"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "ms a step" in line]
+    shares = {line[0]: float(line[-1].rstrip("%")) for line in lines}
+    assert list(shares) == ["data", "forward", "backward", "optimizer"]
+    assert all(shares.values()) and 80 < sum(shares.values()) <= 100
+    assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_stages_give_the_same_answers(small_config):
+    """A stage that compile_stages has compiled keeps its names, its output and its gradient."""
+    torch.manual_seed(0)
+    stage, x, emb = UNet(small_config).stages()[1], torch.randn(3, 32, 8, 8), torch.randn(3, 32)
+    weights, names = list(stage.get_submodule("0.in_layers").parameters()), list(stage.state_dict())
+    eager = torch.autograd.grad(stage(x, emb, None).square().mean(), weights)
+    train.compile_stages(SimpleNamespace(stages=lambda: [stage]), torch.device("cpu"))
+    again = torch.autograd.grad(stage(x, emb, None).square().mean(), weights)
+    assert stage._compiled_call_impl is not None and list(stage.state_dict()) == names
+    for one, other in zip(eager, again, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_where_nothing_can_be_compiled_compile_says_so(small_config, monkeypatch):
+    """No compiler: one sentence, before a step is spent."""
+    def fail(function):
+        """What torch.compile does where there is no compiler."""
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ValueError, match="no working C.. compiler.*leave --compile away"):
+        train.compile_stages(UNet(small_config), torch.device("cpu"))
