@@ -22,7 +22,7 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -120,15 +120,80 @@ def attention(q, k, v, mask=None):
     return torch.cat(chunks)
 
 
+def scope_mask(queries, keys, radius, everywhere):
+    """Which frames see which, to be added to attention logits: (q, k), 0 where they do, -inf where not.
+
+    Frame i sees frame j if they are at most `radius` places apart, or if j is one of the frames `everywhere`.
+    An infinite radius is full attention; a radius alone is local; with both it is dual-scope (Tan et al.
+    2406.16260), and a frame that is near as well as everywhere counts once, as softmax wants it."""
+    near = (queries[:, None] - keys).abs() <= radius
+    return torch.where(near | torch.isin(keys, everywhere), 0.0, -math.inf)
+
+
+class SharedWindow:
+    """How processes share the frames of one window: each has a clip of it, and fetches what it lacks.
+
+    lens: how many frames each process has, in order, any numbers from 1 on; rank: which of them this one is.
+    radius, n_global: the scope of temporal attention, see `scope_mask`; the global frames are spread evenly
+    from the first to the last. With one clip everything is at hand and nothing is sent: an ordinary window.
+
+    Places are counted in the window, from 0. `halo` and `seen` list, for each process, the places that its
+    temporal convs and attentions read: its clip and the frame on either side; its clip and all that is in
+    scope."""
+    def __init__(self, lens, rank=0, radius=math.inf, n_global=0):
+        self.total, self.rank = sum(lens), rank
+        self.clips = [range(end - n, end) for n, end in zip(lens, accumulate(lens))]
+        everywhere = [round(i * (self.total - 1) / max(1, n_global - 1)) for i in range(n_global)]
+        near = lambda clip, radius: range(max(0, clip.start - min(radius, self.total)),
+                                          min(self.total, clip.stop + radius))
+        self.halo = [near(clip, 1) for clip in self.clips]
+        self.seen = [sorted({*near(clip, radius), *everywhere}) for clip in self.clips]
+        clip = self.clips[rank]
+        self.here = slice(clip.start, clip.stop)
+        self.in_halo, self.in_seen = (slice(places.index(clip.start), places.index(clip.start) + len(clip))
+                                      for places in (self.halo[rank], self.seen[rank]))
+        self.mask = None                                # nothing is masked where everything is seen
+        if radius < self.total - 1:
+            queries, keys, everywhere = map(torch.tensor, (clip, self.seen[rank], everywhere))
+            self.mask = scope_mask(queries, keys, radius, everywhere)
+
+    def fetch(self, x, places, dim):
+        """The frames of this clip, along `dim` of x -> those at places[rank], sorted, from wherever they are.
+
+        `places` says so for every process, so each knows what the others want. All have to call this in the
+        same order, with the same list. Through the memory of the CPU, which gloo needs."""
+        if len(self.clips) == 1:
+            return x
+        parts, waiting = [], []
+        for rank, clip in enumerate(self.clips):
+            mine = [place - self.here.start for place in places[rank] if place in self.clips[self.rank]]
+            theirs = [place for place in places[self.rank] if place in clip]
+            sent = x.index_select(dim, torch.tensor(mine, dtype=torch.long, device=x.device))
+            if rank == self.rank:
+                parts.append(sent)
+                continue
+            if mine:
+                waiting.append(dist.isend(sent.cpu().contiguous(), rank))
+            if theirs:
+                shape = (*x.shape[:dim], len(theirs), *x.shape[dim + 1:])
+                parts.append(torch.empty(shape, dtype=x.dtype))
+                waiting.append(dist.irecv(parts[-1], rank))
+        for message in waiting:
+            message.wait()
+        return torch.cat([part.to(x.device) for part in parts], dim)
+
+
 class Around(NamedTuple):
     """What temporal layers know about their window. Gaps and distances are in frames of the video.
 
-    The last four are about the nearest given frames of each frame, at or before it and at or after it."""
+    f counts the frames that this process has, all of them unless several share a window. The last four
+    tensors are about the nearest given frames of each, at or before it and at or after it."""
 
     b: int
     f: int
-    gap: torch.Tensor        # (b, f-1) from each frame of the window to the next
-    distance: torch.Tensor   # (b, f, f) signed distance of every two frames
+    clips: SharedWindow             # who has which frames
+    gap: torch.Tensor        # (b, halo-1) from each frame that a temporal conv reads to the next
+    distance: torch.Tensor   # (b, f, seen) signed distance to every frame that temporal attention sees
     emb: torch.Tensor        # (b, f, e) what each frame is told about itself
     hint: torch.Tensor       # (b f, 9, h, w) latents before, latents after, and whether the frame is given
     since: torch.Tensor      # (b f, 2) frames since the one before (>= 0) and since the one after (<= 0)
@@ -159,13 +224,16 @@ class PseudoConv3d(nn.Conv2d):
         x = super().forward(x)
         if window is None:
             return x
-        before, here, after = rearrange(self.temporal(x), "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
-        fade = window.gap[..., None] ** -self.temporal_falloff                            # (b, f-1, c)
+        clips = window.clips
+        wide = clips.fetch(x.unflatten(0, (window.b, window.f)), clips.halo, dim=1).flatten(0, 1)
+        taps = self.temporal(wide)
+        before, here, after = rearrange(taps, "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
+        fade = window.gap[..., None] ** -self.temporal_falloff                            # (b, halo-1, c)
         fade = fade[..., None, None].to(x.dtype)
         out = here.clone()
         out[:, 1:] = out[:, 1:] + before[:, :-1] * fade
         out[:, :-1] = out[:, :-1] + after[:, 1:] * fade
-        return x + rearrange(out, "b f c h w -> (b f) c h w")
+        return x + rearrange(out[:, clips.in_halo], "b f c h w -> (b f) c h w")
 
 
 class TemporalAttention(nn.Module):
@@ -183,13 +251,17 @@ class TemporalAttention(nn.Module):
         self.to_out = zero(nn.Linear(channels, channels))
 
     def forward(self, x, window):
-        h, w = x.shape[-2:]
+        h, w, clips = *x.shape[-2:], window.clips
         tokens = rearrange(x, "(b f) c h w -> b (h w) f c", b=window.b)
         tokens = self.norm(tokens) + self.emb(window.emb)[:, None]
+        tokens = clips.fetch(tokens, clips.seen, dim=2)      # half as much to send as keys and values
         qkv = self.to_qkv(tokens)
         q, k, v = rearrange(qkv, "b n f (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
-        bias = self.bias(distance_embedding(window.distance))                 # (b, f, f, heads)
-        bias = repeat(bias.to(q.dtype), "b i j heads -> (b n) heads i j", n=h * w)
+        q = q[:, :, clips.in_seen]
+        bias = self.bias(distance_embedding(window.distance).to(q.dtype))     # (b, f, seen, heads)
+        if clips.mask is not None:
+            bias = bias + clips.mask[..., None].to(bias)
+        bias = repeat(bias, "b i j heads -> (b n) heads i j", n=h * w)
         out = rearrange(attention(q, k, v, bias), "(b n) heads f d -> b n f (heads d)", b=window.b)
         return x + rearrange(self.to_out(out), "b (h w) f c -> (b f) c h w", h=h)
 
@@ -509,13 +581,16 @@ class UNet(nn.Module):
         self.temporal_trust = zero(nn.Linear(c.temporal_emb_dim, 2 * 4))
         self.schedule = NoiseSchedule(c.prediction, c.zero_terminal_snr)
 
-    def forward(self, x, t, context, frames=None, given=None, temporal=True, with_guess=False):
+    def forward(self, x, t, context, frames=None, given=None, temporal=True, with_guess=False,
+                clips=None):
         """Returns eps or v, in the shape of x with 4 channels; temporal=False, or one frame, is plain SD.
 
         x: latents (b, c, f, h, w), or (b, c, h, w) for pictures. t: noise levels (b, f), or (b,).
         context: text (b, 77, d). frames: absolute frame indices (b, f), default 0, 1, 2 ...
         given: (b, f) bool, the frames that are known, default none.
-        with_guess: return the guess (b, 4, f, h, w) beside it, for training."""
+        with_guess: return the guess (b, 4, f, h, w) beside it, for training.
+        clips: for a limited scope of attention, and where several processes share the window: then all the
+        others are about the frames of this one, and frames and given must be there."""
         if with_guess and (x.dim() == 4 or x.shape[2] < 2 or not temporal):
             raise ValueError(f"latents {tuple(x.shape)} with temporal={temporal} have no neighbours to guess "
                              f"from: give 2 frames or more, or with_guess=False")
@@ -528,7 +603,9 @@ class UNet(nn.Module):
         if h % self.factor or w % self.factor:
             raise ValueError(f"the UNet got latents of {h}x{w}; height and width must be multiples of "
                              f"{self.factor}: resize the pictures")
-        window = self.look_around(x, t, context, frames, given) if temporal and f > 1 else None
+        window, clips = None, clips or SharedWindow([f])
+        if temporal and clips.total > 1:
+            window = self.look_around(x, t, context, frames, given, clips)
         out, guess = self.decode(x, t, context, window, *self.encode(x, t, context, window))
         return (out, guess) if with_guess else out
 
@@ -567,20 +644,39 @@ class UNet(nn.Module):
         """All stages, in the order they run."""
         return [*self.input_blocks, self.middle_block, *self.output_blocks]
 
-    def look_around(self, x, t, context, frames, given):
-        """The `Around` of a window: what its temporal layers and the paths for given frames work with."""
+    def look_around(self, x, t, context, frames, given, clips=None):
+        """The `Around` of a window: what its temporal layers and the paths for given frames work with.
+
+        Numbers of every frame are small: each process knows those of the whole window. Of the latents it
+        gets those of the given frames that are nearest to its own."""
         b, c, f, h, w = x.shape
+        clips = clips or SharedWindow([f])
         frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
         given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
-        nearest = nearest_given(given)                                                    # (b, f, 4)
-        emb = self.temporal_embed(t, frames, given, *nearest[..., :2].unbind(-1), context)
+        everything = [range(clips.total)] * len(clips.clips)
+        t, moment, given = (clips.fetch(numbers, everything, dim=1) for numbers in (t, frames, given))
+        nearest = nearest_given(given)                                                    # (b, total, 4)
+        emb = self.temporal_embed(t, moment, given, *nearest[..., :2].unbind(-1), context)
 
+        latents, place = x[:, :4], nearest[:, clips.here].clamp(min=0)                    # where they are
+        if len(clips.clips) > 1:
+            wanted = [nearest[:, clip.start:clip.stop].clamp(min=0).unique() for clip in clips.clips]
+            latents = clips.fetch(latents, [places.tolist() for places in wanted], dim=2)
+            place = torch.searchsorted(wanted[clips.rank], place)
+
+        halo, seen = (places[clips.rank] for places in (clips.halo, clips.seen))
+        gap = moment[:, halo.start:halo.stop].diff(dim=1)
+        distance = frames[:, :, None] - moment[:, None, :]
+        if len(seen) < clips.total:
+            distance = distance[..., seen]
+        nearest, given, emb = (values[:, clips.here] for values in (nearest, given, emb))   # of these frames
         spread = lambda values: values[:, None, :, None, None].to(x.dtype)                # (b, 1, f, 1, 1)
-        at = lambda index: index.clamp(min=0)[:, None, :, None, None].expand(b, 4, f, h, w)
-        near = [x[:, :4].gather(2, at(index)) * spread(index >= 0) for index in nearest.unbind(-1)]
+        at = lambda index: index[:, None, :, None, None].expand(b, 4, f, h, w)
+        near = [latents.gather(2, at(index)) * spread(exists)
+                for index, exists in zip(place.unbind(-1), (nearest >= 0).unbind(-1))]
         hint = torch.cat([*near[:2], spread(given).expand(b, 1, f, h, w)], dim=1)
 
-        moments, known = frames.gather(1, nearest.clamp(min=0).flatten(1)).view(b, f, 4), nearest >= 0
+        moments, known = moment.gather(1, nearest.clamp(min=0).flatten(1)).view(b, f, 4), nearest >= 0
         since = torch.where(known[..., :2], frames[..., None] - moments[..., :2], 0)
         known[..., 1] &= ~given                                # a given frame is one node, not two
         known[..., 2:] &= known[..., :2].all(-1, keepdim=True)                # between frames, never beyond
@@ -590,8 +686,8 @@ class UNet(nn.Module):
 
         images = lambda video: rearrange(video, "b c f h w -> (b f) c h w")
         rows = lambda pairs: pairs.flatten(0, 1).to(x.dtype)
-        return Around(b, f, frames.diff(dim=1).to(x.dtype), frames[:, :, None] - frames[:, None, :], emb,
-                      images(hint), rows(since), rows(share), images(blend))
+        return Around(b, f, clips, gap.to(x.dtype), distance, emb, images(hint), rows(since), rows(share),
+                      images(blend))
 
     def run(self, i, stage, x, emb, context, window):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.

@@ -8,6 +8,7 @@
     python sample.py --resume --out out/sample_001     go on with a run that was stopped
     python sample.py --extend 60 --out out/sample_001  60 frames more
     torchrun --standalone --nproc_per_node=2 sample.py --frames 121     the same video by two processes
+    python sample.py --schedule joint --max_stride 1 --radius 8 --global_frames 16    all frames at once
     python sample.py --evaluate                        schedules against the truth on 64 test worlds
 
 A run writes one folder: args.json, latents.safetensors and frames/00001.png on the way, frames as soon as
@@ -26,6 +27,7 @@ import subprocess
 import tempfile
 import time
 from bisect import bisect_right
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -33,19 +35,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from convert_sd_weights import merge_lora
 from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
                        rescale_guidance)
-from model import (PRESETS, TINY_WEIGHTS, choose_device, fill, is_temporal, load_weights, processes,
-                   read_weights)
-from schedule import (PLANNERS, STAGES, assign, by_frame, costs, cut, extension, gain, ladder, length, show,
+from model import (PRESETS, TEXT_TOKENS, TINY_WEIGHTS, SharedWindow, PseudoConv3d, TemporalAttention, UNet,
+                   choose_device, fill, is_temporal, load_weights, processes, read_weights)
+from schedule import (PLANNERS, STAGES, assign, by_frame, costs, cut, extension, gain, length, share, show,
                       verify)
 
 FILL_GAP = 16               # between known frames farther apart so much is open that --fill_steps are too few
 ANIMATION_FRAMES = 241      # longer videos get no GIF and WebP, whose writers keep all frames in memory
+# what --plan assumes of a process: FLOP/s, and bytes received per second, on a CPU core and on a GPU with 8
+# lanes of PCIe 4
+SPEEDS = {"tiny": (50e9, 1e9), "sd15": (25e12, 12e9)}
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
 # guidance of both, noise of frames the model made
@@ -74,9 +80,15 @@ def parse(argv):
     p.add_argument("--fps", type=int, default=12, help="of the written videos")
     # how
     p.add_argument("--schedule", default="ladder", choices=list(PLANNERS),
-                   help="which frames are made from which")
-    p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key of the ladder; 64 "
-                   "makes videos of thousands of frames less deep, but training must have shown it")
+                   help="which frames are made from which; joint denoises all keys together, and processes "
+                   "share them frame by frame")
+    p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key; 64 makes videos "
+                   "of thousands of frames less deep, but training must have shown it; 1 with --schedule "
+                   "joint denoises the whole video together")
+    p.add_argument("--radius", type=int, help="a frame attends to so many others of its window to each side, "
+                   "at most; for --schedule joint on several processes try 8; default all")
+    p.add_argument("--global_frames", type=int, default=0, help="with --radius: so many frames, spread "
+                   "evenly from the first to the last, are attended to by all others too; try 16")
     p.add_argument("--steps", type=int, help="DDIM steps of a window that starts a video or goes on; default "
                    "10 for tiny, 30 for sd15; a first frame from nothing takes at least 20")
     p.add_argument("--fill_steps", type=int, help="of a window that fills between known frames, where less "
@@ -112,7 +124,8 @@ def parse(argv):
     p.add_argument("--plan", action="store_true",
                    help="print the plan, its costs and what 2, 4 and 8 processes would gain, and stop")
     p.add_argument("--evaluate", nargs="*", choices=list(PLANNERS), metavar="SCHEDULE",
-                   help="compare schedules, default all, with the truth on test worlds")
+                   help="compare schedules, default ladder and seed, with the truth on test "
+                   "worlds")
     p.add_argument("--worlds", type=int, default=64, help="how many worlds --evaluate uses")
     p.add_argument("--split", default="test", choices=("val", "test"),
                    help="which worlds: choose settings on val, report on test")
@@ -131,6 +144,12 @@ def parse(argv):
         args.weights = TINY_WEIGHTS
     for steps in (args.steps, args.fill_steps):
         ddim_timesteps(steps)   # says so if there cannot be so many
+    if args.radius is not None and args.radius < 0 or args.global_frames < 0:
+        raise ValueError(f"--radius {args.radius} --global_frames {args.global_frames}: neither can be below "
+                         "0, try 8 and 16")
+    if args.global_frames and args.radius is None:
+        raise ValueError(f"--global_frames {args.global_frames} without --radius, where every frame attends "
+                         "to all others: give --radius 8, or leave both away")
     if args.frames < 1:
         raise ValueError(f"--frames is {args.frames}: a video has at least 1 frame, try --frames 121")
     return args
@@ -185,7 +204,7 @@ def frame_plan(args):
     elif args.schedule == "seed":
         plan = PLANNERS["seed"](args.frames)
     else:
-        plan = ladder(args.frames + args.loop, given, args.max_stride)
+        plan = PLANNERS[args.schedule](args.frames + args.loop, given, args.max_stride)
     borders = sorted({0, *segments})
     plan = cut(plan, borders)
     verify(plan, args.frames + args.loop, range(args.known) if args.known else given)
@@ -198,10 +217,59 @@ def print_plan(plan, args):
     print(f"plan {args.schedule}: {costs(plan)}")
     config, (batches, work) = PRESETS[args.preset], make_batches(plan, 1, args)
     size = 16 * (config.size // config.vae_factor) ** 2   # bytes of a frame: 4 channels of float32
+    joint = max((len(window.frames) for window in plan if window.joint), default=0)
+    shared = {devices: clip_gain(config, joint or args.frames, devices, args) for devices in (2, 4, 8)
+              if devices <= (joint or args.frames)}
     for devices in (2, 4, 8):
-        faster, reads = gain([[window for _, window in batch] for batch in batches], work, devices)
+        together, _ = shared[devices] if joint else (None, 0)
+        faster, reads = gain([[window for _, window in batch] for batch in batches], work, devices, together)
         print(f"{devices} processes: {faster:.2f} times as fast as one, {faster / devices:.0%} efficient; "
               f"{reads * size / 1e6:.1f} MB of latents read from one another")
+    print("{} one window of {} frames, of which each has a clip, at {:g} GFLOP/s and {:g} GB/s:".format(
+        "its" if joint else "--schedule joint, as", joint or args.frames,
+        *(speed / 1e9 for speed in SPEEDS[args.preset])))
+    for devices, (faster, received) in shared.items():
+        print(f"{devices} processes: {faster:.2f} times as fast as one, {faster / devices:.0%} efficient; "
+              f"each receives {received / 1e6:.0f} MB in a step")
+
+
+def scope(args):
+    """Radius and number of global frames of temporal attention, as `SharedWindow` wants them."""
+    return math.inf if args.radius is None else args.radius, args.global_frames
+
+
+@lru_cache
+def exchanges(config):
+    """FLOPs of one frame in the UNet, and the shapes (c, h, w) before its temporal convs and attentions.
+
+    From a pass of tensors that have shapes but no numbers."""
+    shapes = {PseudoConv3d: [], TemporalAttention: []}
+    note = lambda layer, _, out: shapes[type(layer)].append(out.shape[1:])
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet, side = UNet(config), config.size // config.vae_factor
+        for layer in unet.modules():
+            if type(layer) in shapes:
+                layer.register_forward_hook(note)
+        text = torch.empty(1, TEXT_TOKENS, config.text_width)
+        unet(torch.empty(1, 4, 2, side, side), torch.zeros(1, 2, dtype=torch.long), text)
+    return counter.get_total_flops() / 2, *shapes.values()
+
+
+def clip_gain(config, n_frames, devices, args):
+    """How many times as fast as one process several are that share a window; and the bytes that one receives.
+
+    The one that has most to do decides. It computes its frames, and the first product of temporal layers, c x
+    3c per pixel, again for what it reads from the others. Nothing is received while it computes."""
+    flops, convs, attentions = exchanges(config)
+    size = lambda shapes, power: sum(c ** power * h * w for c, h, w in shapes)
+    guided, (flops_per_second, bandwidth) = 1 if args.guidance_scale == 1 else 2, SPEEDS[args.preset]
+    clips, times, received = SharedWindow(share(n_frames, devices), 0, *scope(args)), [], []
+    for clip, halo, seen in zip(clips.clips, clips.halo, clips.seen):
+        halo, seen = len(halo) - len(clip), len(seen) - len(clip)       # from other clips
+        work = len(clip) * flops + 6 * (halo * size(convs, 2) + seen * size(attentions, 2))
+        received.append(4 * guided * (halo * size(convs, 1) + seen * size(attentions, 1)))
+        times.append(guided * work / flops_per_second + received[-1] / bandwidth)
+    return guided * n_frames * flops / flops_per_second / max(times), max(received)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,8 +367,9 @@ def make_batches(plan, videos, args):
         return job[1].level, -steps, -scale, job[1].stage, len(job[1].frames)
 
     jobs = sorted(((video, window) for window in plan for video in range(videos)), key=kind)
-    groups, size = [list(group) for _, group in groupby(jobs, kind)], args.batch_size
-    batches = [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+    groups = [list(group) for _, group in groupby(jobs, kind)]
+    size = lambda group: 1 if group[0][1].joint else args.batch_size
+    batches = [group[i:i + size(group)] for group in groups for i in range(0, len(group), size(group))]
     return batches, [sum(cost(window, args) for _, window in batch) for batch in batches]
 
 
@@ -322,19 +391,19 @@ class Sampler:
         """Text embeddings of the prompts, and of the negative prompt as often."""
         return self.model.context(prompts), self.model.context([self.args.negative_prompt] * len(prompts))
 
-    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None):
+    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None, clips=None):
         """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, after `steps` steps.
 
-        scale: of the guidance."""
+        scale: of the guidance. clips: who has the other frames, if this process does not have all."""
         positive, negative = contexts
 
         def say(x_t, t):
             """What the network says about x_t: eps or v, guided unless the scale is 1."""
             if scale == 1:
-                return self.model.unet(x_t, t, positive, frames, ~new)
+                return self.model.unet(x_t, t, positive, frames, ~new, clips=clips)
             twice = [torch.cat([v, v]) if v is not None else None for v in (x_t, t, frames, ~new)]
             both = torch.cat([positive, negative])
-            cond, uncond = self.model.unet(*twice[:2], both, *twice[2:]).chunk(2)
+            cond, uncond = self.model.unet(*twice[:2], both, *twice[2:], clips=clips).chunk(2)
             return rescale_guidance(guide(cond, uncond, scale), cond, self.args.guidance_rescale)
 
         levels = ddim_timesteps(steps, self.spacing) + [self.last]
@@ -349,10 +418,17 @@ class Sampler:
         t_given, scale = torch.zeros_like(new).long(), self.args.guidance_scale
         return self.denoise(noise, t_given, new, self.contexts(prompts), steps, scale)
 
-    def windows(self, jobs, latents, contexts, seeds, user, borders=(0,)):
-        """Make the new frames of jobs (video index, window) of equal kind; puts them into `latents`."""
+    def windows(self, jobs, latents, contexts, seeds, user, borders=(0,), rank=0, world=1):
+        """Make the new frames of jobs (video index, window) of equal kind; puts them into `latents`.
+
+        Of joint windows only those of the clip of process `rank` of `world`, all of which call this."""
         segment = lambda window: bisect_right(borders, window.new[0]) - 1
         index = torch.tensor([video * len(borders) + segment(w) for video, w in jobs], device=self.device)
+        steps, scale = effort(jobs[0][1], self.args)
+        lens = share(len(jobs[0][1].frames), world if jobs[0][1].joint else 1)
+        clips = SharedWindow(lens, rank if len(lens) > 1 else 0, *scope(self.args))
+        if len(lens) > 1:
+            jobs = [(video, w.part(clips.here)) for video, w in jobs]
         frames = torch.tensor([w.frames for _, w in jobs], device=self.device)  # (b, f), like new and made
         new = torch.tensor([[frame in w.new for frame in w.frames] for _, w in jobs], device=self.device)
         made = torch.tensor([[frame not in user for frame in w.frames] for _, w in jobs], device=self.device)
@@ -369,9 +445,8 @@ class Sampler:
             x_t = self.schedule.q_sample(x, t_given, noise("aug"))
             x = torch.where(noised[:, None, :, None, None], x_t, x)
         x = torch.where(new[:, None, :, None, None], noise("start"), x)
-        steps, scale = effort(jobs[0][1], self.args)
         contexts = [context[index] for context in contexts]
-        x = self.denoise(x, t_given, new, contexts, steps, scale, frames).cpu()
+        x = self.denoise(x, t_given, new, contexts, steps, scale, frames, clips).cpu()
         if not torch.isfinite(x).all():
             raise ValueError(f"level {jobs[0][1].level} of the plan made numbers that are not finite: "
                              "try --device cpu or fewer --steps")
@@ -388,7 +463,7 @@ class Sampler:
         after_batch() is called when frames have been made."""
         batches, work = make_batches(plan, len(stores), self.args)
         places = assign([[window for _, window in batch] for batch in batches], work, world)
-        mine = [batch for batch, (device, _) in zip(batches, places) if device == rank]
+        mine = [batch for batch, (device, _) in zip(batches, places) if device in (rank, None)]
         bar = tqdm(total=sum(map(len, mine)), desc="windows", unit="window", mininterval=1, disable=rank > 0)
         loaded = None
         for batch in mine:
@@ -401,7 +476,7 @@ class Sampler:
             if self.layers and stage != loaded:
                 self.model.unet.load_state_dict(self.layers[stage], strict=False)
                 loaded = stage
-            self.windows(batch, stores, contexts, seeds, user, borders)
+            self.windows(batch, stores, contexts, seeds, user, borders, rank, world)
             bar.update(len(batch))
             if after_batch:
                 after_batch()
@@ -758,6 +833,12 @@ def sample(args):
     wait_for_all = dist.barrier if world_size > 1 else lambda: None
     plan, given, borders = frame_plan(args)
     print(f"plan {args.schedule}: {costs(plan)}")
+    for window in plan:
+        if window.joint and world_size > 1:
+            share(len(window.frames), world_size)   # says so if there are too few frames
+            if args.guidance_rescale:
+                raise ValueError(f"--guidance_rescale {args.guidance_rescale} measures whole windows, and "
+                                 f"{world_size} processes share one: leave it away, or start one process")
     args.out = args.out or free_folder()
     if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
         raise ValueError(f"{args.out} already holds a run: give another --out folder, "
@@ -823,8 +904,8 @@ def evaluate(args):
               "blend true ends": [truth[:, :1] * (1 - mix) + truth[:, -1:] * mix for truth in truths]}
     first = torch.stack([latent_of(truth[:, :1])[0] for truth in truths])
     contexts = sampler.contexts([world.caption() for world in worlds])
-    stride = {"ladder": {"max_stride": args.max_stride}}
-    plans = {name: PLANNERS[name](n, **stride.get(name, {})) for name in args.evaluate or PLANNERS}
+    stride = lambda name: {} if name == "seed" else {"max_stride": args.max_stride}
+    plans = {name: PLANNERS[name](n, **stride(name)) for name in args.evaluate or ("ladder", "seed")}
     for name, plan in plans.items():
         begun = time.time()
         with tempfile.TemporaryDirectory() as folder:

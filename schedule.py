@@ -1,12 +1,14 @@
 """The frame schedule, not the noise schedule: which frames go through the UNet together, and in what order.
 
 A long video does not fit through the UNet at once, so it is made window by window. A plan is a list of
-windows; each reads a few frames that exist (given) and makes a few that do not (new). Two planners:
+windows; each reads a few frames that exist (given) and makes a few that do not (new). Three planners:
 
     seed    12 more frames at a time, each fill reading a frame that the fill before it has just made:
             121 frames are 32 windows deep, and errors add up along that chain
     ladder  frames far apart over the whole video first, then every gap filled 4 times finer, and again:
             6 deep, and the windows of one level can run as one batch or on many devices
+    joint   the ladder with all its keys in one window, which many devices share frame by frame; as one rung,
+            max_stride 1, the whole video at once
 
 Seventeen frames by the ladder (`python schedule.py 17`): the first column is the level, c given, # new.
 
@@ -29,6 +31,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 STAGES = ("starter", "extrap", "interp")
+LONGEST = 8             # frames of a window that one device makes
 PICTURE_COLUMNS = 127   # with its labels a picture stays within 140 columns
 
 
@@ -52,6 +55,16 @@ class Window:
         left = [frame for frame in self.given if frame < self.new[0]]
         right = [frame for frame in self.given if frame > self.new[-1]]
         return right[0] - left[-1] if left and right else math.inf
+
+    def part(self, places: slice) -> "Window":
+        """The window with only its frames at `places`: what one of several devices has of it."""
+        frames = self.frames[places]
+        return replace(self, frames=frames, new=tuple(frame for frame in self.new if frame in frames))
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is longer than seed and ladder have any, and devices share its frames."""
+        return len(self.frames) > LONGEST
 
 
 def stage_of(given, new) -> str:
@@ -116,7 +129,7 @@ def seed(n_frames: int) -> list[Window]:
 
 
 def ladder(n_frames: int, given=(0,), max_stride: int = 16, width: int = 7, ratio: int = 4,
-           red_black: bool = True) -> list[Window]:
+           red_black: bool = True, one_window: bool = False) -> list[Window]:
     """Keys up to `max_stride` frames apart, then every gap filled `ratio` times finer until none is left.
 
     given       the user's frames, any: the first, first and last, several keyframes. What comes before the
@@ -125,6 +138,7 @@ def ladder(n_frames: int, given=(0,), max_stride: int = 16, width: int = 7, rati
     width       the most frames in a window; all of them lie in range(n_frames), so nothing is padding
     red_black   fill every second gap first, so that the others see fresh frames close by on both sides and
                 move at their speed; without it the plan is less deep and its joins show more
+    one_window  all keys in one window, instead of a few in each
     ValueError if n_frames < 1, a given frame is not in the video, or the other numbers do not fit."""
     user = user_frames(n_frames, given)
     if ratio < 2 or width < ratio + 3 or max_stride < 1:
@@ -133,8 +147,16 @@ def ladder(n_frames: int, given=(0,), max_stride: int = 16, width: int = 7, rati
                          f"{ratio}, {width} and {max_stride}")
     stride = key_stride(n_frames, max_stride, width, ratio)
     keys = skeleton(user, n_frames, stride, width)
-    known = sorted([*user, *(frame for _, new in keys for frame in new)])
+    new_keys = sorted(frame for _, new in keys for frame in new)
+    if one_window and new_keys:
+        keys = [(user, new_keys)]
+    known = sorted([*user, *new_keys])
     return build([*keys, *fills(known, stride, ratio, red_black)])
+
+
+def joint(n_frames: int, given=(0,), max_stride: int = 16) -> list[Window]:
+    """The ladder with all keys in one window, however many; max_stride 1: all frames of the video."""
+    return ladder(n_frames, given, max_stride, one_window=True)
 
 
 def key_stride(n_frames, max_stride=16, width=7, ratio=4) -> int:
@@ -213,7 +235,7 @@ def cut(plan, borders) -> list[Window]:
     return build(steps)
 
 
-PLANNERS = {"ladder": ladder, "seed": seed}
+PLANNERS = {"ladder": ladder, "seed": seed, "joint": joint}
 
 
 def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Window]:
@@ -299,32 +321,45 @@ def makespan(plan, devices) -> int:
     return max(done, default=0)
 
 
-def assign(batches, work, devices) -> list[tuple[int, float]]:
+def share(n_frames, devices) -> list[int]:
+    """How many of the frames of a window each device has, as evenly as can be. ValueError if one has none."""
+    if devices > n_frames:
+        raise ValueError(f"{devices} processes cannot share a window of {n_frames} frames: each needs one, "
+                         "start fewer processes")
+    return [n_frames // devices + (i < n_frames % devices) for i in range(devices)]
+
+
+def assign(batches, work, devices, together=None) -> list[tuple[int | None, float]]:
     """Who runs which batch, and when it ends: (device, end) for each, in the unit of work.
 
     A batch is a list of windows that go through the UNet together. In the order of the list each goes to the
-    device that can start it first, which is when the device is free and all given frames are made. A function
-    of its arguments alone: every process works it out for itself. ValueError if devices < 1."""
+    device that can start it first, which is when the device is free and all given frames are made. A joint
+    window goes to all, its device is None: they make it `together` times as fast as one, default in
+    proportion. A function of the arguments alone: every process works it out for itself. ValueError if
+    devices < 1."""
     if devices < 1:
         raise ValueError(f"a plan runs on at least 1 device, found {devices}: ask for 1 or more")
     free, ready, places = [0] * devices, {}, []   # ready: frame -> when it is made
     for batch, cost in zip(batches, work):
         given = max(ready.get(frame, 0) for window in batch for frame in window.given)
-        # of the devices that would wait, the one that waits least
-        device = min(range(devices), key=lambda i: (max(free[i], given), -free[i]))
-        free[device] = max(free[device], given) + cost
-        ready.update((frame, free[device]) for window in batch for frame in window.new)
-        places.append((device, free[device]))
+        if batch[0].joint:
+            device, end = None, max(*free, given) + cost / (together or devices)
+            free = [end] * devices
+        else:   # of the devices that would wait, the one that waits least
+            device = min(range(devices), key=lambda i: (max(free[i], given), -free[i]))
+            free[device] = end = max(free[device], given) + cost
+        ready.update((frame, end) for window in batch for frame in window.new)
+        places.append((device, end))
     return places
 
 
-def gain(batches, work, devices) -> tuple[float, int]:
+def gain(batches, work, devices, together=None) -> tuple[float, int]:
     """How many times as fast as one device several are, if batches run as assign() says; and the traffic.
 
-    That is how often a window reads a frame that another device has made."""
-    places = assign(batches, work, devices)
+    That is how often a window reads a frame that another device has made, those of joint windows aside."""
+    places = assign(batches, work, devices, together)
     home = {frame: device for batch, (device, _) in zip(batches, places)
-            for window in batch for frame in window.new}
+            for window in batch for frame in window.new if device is not None}
     reads = sum(home.get(frame, device) != device for batch, (device, _) in zip(batches, places)
                 for window in batch for frame in window.given)
     return sum(work) / max((end for _, end in places), default=1), reads
@@ -373,12 +408,12 @@ def main(argv=None):
     parser.add_argument("frames", type=int, help="length of the video; try 17, then 121")
     parser.add_argument("--schedule", choices=list(PLANNERS), default="ladder", help="try seed, to compare")
     parser.add_argument("--max_stride", type=int, default=argparse.SUPPRESS,
-                        help="most frames from key to key, ladder only; 64 makes long videos less deep, but "
-                             "needs training clips of 385 frames instead of 97 (default: 16)")
+                        help="most frames from key to key, not for the seed; 64 makes long videos less "
+                             "deep, but needs training clips of 385 frames instead of 97 (default: 16)")
     args = parser.parse_args(argv)
     extra = {"max_stride": args.max_stride} if "max_stride" in args else {}
-    if extra and args.schedule != "ladder":
-        raise SystemExit(f"--max_stride is for the ladder, found --schedule {args.schedule}: drop one")
+    if extra and args.schedule == "seed":
+        raise SystemExit("--max_stride is for ladder and joint, found --schedule seed: drop one")
     try:
         plan = PLANNERS[args.schedule](args.frames, **extra)
     except ValueError as error:

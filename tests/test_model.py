@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as M
-from model import (PREFIXES, PRESETS, VAE, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet, Around,
+from model import (PREFIXES, PRESETS, VAE, SharedWindow, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet, Around,
                    attention, blend_weights, is_temporal, load_weights, nearest_given, save_weights)
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -141,7 +141,7 @@ def test_side_taps_fade_with_the_gap():
     torch.nn.init.dirac_(conv.weight)
     torch.nn.init.zeros_(conv.bias)
     x = torch.randn(3, 2, 4, 4)
-    window = Around(1, 3, torch.tensor([[1.0, 4.0]]), *[None] * 6)
+    window = Around(1, 3, SharedWindow([3]), torch.tensor([[1.0, 4.0]]), *[None] * 6)
     conv.temporal.weight[:2, :, 0, 0] = torch.eye(2)
     assert largest(conv(x, window), torch.stack([x[0], x[1] + x[0], x[2] + x[1] / 2])) <= 1e-6
     conv.temporal.weight[:2] = 0
@@ -177,7 +177,7 @@ def test_every_frame_is_shown_its_nearest_given_frames():
     """As 9 channels: latents before, latents after, given or not; with their distances, shares and blend."""
     unet, (x, t, context) = small_unet(), window_inputs(b=1)
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
-    window = unet.look_around(x, t, context, torch.tensor([[0, 2, 3, 6, 7]]), given)
+    window = unet.look_around(x, t, context, torch.tensor([[0, 2, 3, 6, 7]]), given, SharedWindow([F]))
     for i, (before, after) in enumerate(((None, 1), (1, 1), (1, 3), (3, 3), (3, None))):
         shown = [torch.zeros(4, 8, 8) if j is None else x[0, :, j] for j in (before, after)]
         assert torch.equal(window.hint[i], torch.cat([*shown, given[0, i].expand(1, 8, 8).float()]))
@@ -186,7 +186,7 @@ def test_every_frame_is_shown_its_nearest_given_frames():
     blends = [x[0, :, 1], x[0, :, 1], 3 / 4 * x[0, :, 1] + 1 / 4 * x[0, :, 3], x[0, :, 3], x[0, :, 3]]
     assert largest(window.blend, torch.stack(blends)) <= 1e-6
     window = unet.look_around(x, t, context, torch.tensor([[0, 4, 5, 8, 12]]),
-                              torch.tensor([[1, 1, 0, 1, 1]]).bool())
+                              torch.tensor([[1, 1, 0, 1, 1]]).bool(), SharedWindow([F]))
     four = x[0, :, [0, 1, 3, 4]]
     assert torch.equal(window.blend[[0, 1, 3, 4]], four.transpose(0, 1))
     cubic = torch.einsum("ckhw, k -> chw", four, torch.tensor([-7, 105, 35, -5]) / 128)     # by hand
@@ -202,7 +202,7 @@ def test_the_guess_is_the_given_frames_moved_by_speed_times_distance():
     unet.temporal_guess.to_rest.bias[4:8] = 99                # and nothing of the blend
     unet.temporal_guess.to_speed.bias[:] = torch.tensor([0.5, -1.0]) / 0.05   # latents per frame: down, left
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
-    window = unet.look_around(x, t, context, torch.tensor([[0, 2, 4, 6, 8]]), given)
+    window = unet.look_around(x, t, context, torch.tensor([[0, 2, 4, 6, 8]]), given, SharedWindow([F]))
     guess, _ = unet.temporal_guess(window)
     rows = lambda down: (torch.arange(8) - down).clamp(0, 7)
     moved = lambda frame, down, across: x[0, :, frame, rows(down)].roll(across, dims=2)

@@ -136,7 +136,7 @@ def test_fills_have_steps_and_guidance_of_their_own(restless_weights):
     sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"), {})
     latents, asked = torch.zeros(1, 4, 121, 16, 16), {}
     for window in ladder(121):
-        sampler.denoise = lambda x, t, new, contexts, steps, scale, frames: (
+        sampler.denoise = lambda x, t, new, contexts, steps, scale, frames, clips: (
             asked.setdefault(window.stage, (steps, scale)) and x)
         with torch.no_grad():
             sampler.windows([(0, window)], latents, sampler.contexts(["dusk"]), [0], user=(0,))

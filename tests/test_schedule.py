@@ -161,7 +161,7 @@ def test_the_command_prints_the_plan_and_refuses_in_one_sentence(capsys):
     main(["121", "--schedule", "seed"])
     assert "41 windows, 32 dependency levels, 317 frame evaluations" in capsys.readouterr().out
     main(["500", "--max_stride", "64"])
-    assert "8 dependency levels" in capsys.readouterr().out and list(PLANNERS) == ["ladder", "seed"]
+    assert "8 dependency levels" in capsys.readouterr().out and list(PLANNERS) == ["ladder", "seed", "joint"]
     for argv in (["0"], ["121", "--max_stride", "0"], ["121", "--schedule", "seed", "--max_stride", "16"]):
         with pytest.raises(SystemExit) as stop:
             main(argv)
