@@ -406,17 +406,19 @@ def prefetch(draw):
     return batch
 
 
-def window_shapes(stage, n_frames):
+def window_shapes(stage, n_frames, max_stride=16):
     """Lists of windows that a video stage trains on, one list per stage and source.
 
     Each is drawn from equally often. The sources are both planners at the full length, and the ladder at a
-    half and a quarter of it: short videos are asked for too. A source may have no window of a stage (the
-    ladder needs none that extrapolates up to 97 frames)."""
+    half and a quarter of it: short videos are asked for too; and where keys may be more than 16 frames apart,
+    the ladder with such keys besides. A source may have no window of a stage (the ladder needs none that
+    extrapolates up to 97 frames)."""
     schedule.training_windows(stage, n_frames)             # says so if there is nothing to train on at all
     lists = []
     shorter = tuple(n for n in (n_frames // 2, n_frames // 4) if n > 1)
-    for planner, lengths in (("ladder", n_frames), ("seed", n_frames), ("ladder", shorter)):
-        windows = schedule.training_windows("video", lengths, (planner,)) if lengths else []
+    sources = [("ladder", n_frames, 16), ("seed", n_frames, 16), ("ladder", shorter, 16)]
+    for planner, lengths, stride in sources + [("ladder", n_frames, max_stride)] * (max_stride > 16):
+        windows = schedule.training_windows("video", lengths, (planner,), stride) if lengths else []
         lists += [[window for window in windows if window.stage == wanted] for wanted in schedule.STAGES
                   if stage in (wanted, "video")]
     return [windows for windows in lists if windows]

@@ -223,11 +223,12 @@ VARIANTS = {"ladder_plain": partial(ladder, red_black=False), "seed_key": partia
 SCHEDULES = PLANNERS | VARIANTS
 
 
-def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Window]:
+def training_windows(stage, n_frames, planners=("ladder", "seed"), max_stride=16) -> list[Window]:
     """The distinct windows that sampling a video of n_frames asks for: what a model is to be trained on.
 
     n_frames may be several lengths; clips must be as long as the longest. stage is starter, extrap,
-    interp, or video for all three. The ladder is asked twice, for the first frame and for first and last.
+    interp, or video for all three. The ladder, whose keys are up to max_stride apart, is asked twice, for the
+    first frame and for first and last.
     Windows that differ only by a shift of all their frames count once: inner fills are few, but each
     distance to a far anchor is there. Windows beyond range(n_frames) are left out, for a clip of n_frames
     cannot show the seed's padding; and deps are emptied, for the list is not a plan. ValueError for an
@@ -235,9 +236,10 @@ def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Windo
     if stage not in (*STAGES, "video"):
         raise ValueError(f"unknown stage {stage!r}: choose starter, extrap, interp or video")
     lengths = (n_frames,) if isinstance(n_frames, int) else tuple(n_frames)
-    windows = [window for n in lengths for name in planners for window in PLANNERS[name](n)]
+    plans = {"ladder": partial(ladder, max_stride=max_stride), "seed": seed}
+    windows = [window for n in lengths for name in planners for window in plans[name](n)]
     if "ladder" in planners:
-        windows += [window for n in lengths for window in ladder(n, given=(0, n - 1))]
+        windows += [window for n in lengths for window in plans["ladder"](n, given=(0, n - 1))]
     distinct = {}
     for window in windows:
         if stage in (window.stage, "video") and window.frames[-1] < max(lengths):

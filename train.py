@@ -66,9 +66,14 @@ def parse(argv):
                    "better and slower to prepare; default 4096 for image, 768 for video, else about 100")
     p.add_argument("--frames", type=int, default=121,
                    help="length of the training clips: windows of plans for so many frames")
+    p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key in windows of the "
+                   "ladder; with 64 and --frames 481 or more, sample.py can use --max_stride 64")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
                    "that a plan would have made; 0 trains without noise augmentation, and long videos then "
                    "fall apart")
+    p.add_argument("--error_bank", type=float, default=0.0, metavar="SHARE", help="of windows that lead on, "
+                   "show so many with errors on their given frames that the network itself has made; 0: off, "
+                   "0.5 is usual, for a finished model (--temporal) and a small --learning_rate")
     p.add_argument("--caption_dropout", type=float, default=0.1,
                    help="share of examples without a caption, for guidance")
     # optimisation
@@ -109,6 +114,9 @@ def parse(argv):
     if args.data and args.stage not in VIDEO_STAGES:
         raise ValueError(f"--data is for the stages {', '.join(VIDEO_STAGES)}, found --stage {args.stage}: "
                          "leave --data away")
+    if args.error_bank and args.stage not in VIDEO_STAGES:
+        raise ValueError(f"--error_bank is for the stages {', '.join(VIDEO_STAGES)}, found --stage "
+                         f"{args.stage}: leave it away")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give it as --data")
     if args.weights is None and args.stage != "vae":
@@ -157,12 +165,13 @@ def prepare_data(args, model, split, device):
         print(f"{len(clips.names)} clips of {args.data} to {'train' if split == 'train' else 'validate'} on")
         if split == "train":
             args.data_hash = clips.key   # goes into the checkpoint: what is drawn from must not change
-        shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
+        shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())), args.max_stride)
         return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
     few = args.worlds if split == "train" else min(16, args.worlds)
     worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
     frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
-    name = f"{'image' if args.stage == 'image' else 'video'}_{split}_{few}.safetensors"
+    kind = "image" if args.stage == "image" else f"video{args.frames}"
+    name = f"{kind}_{split}_{few}.safetensors"
     cache = os.path.join(os.path.dirname(args.out) or ".", "cache", name)
     encode = torch.no_grad()(lambda video: model.vae.encode(video.to(device)).cpu())
     clips = data.sky_clips(cache, encode, worlds, frames, model.config.size, key=fingerprint(model.vae))
@@ -171,13 +180,43 @@ def prepare_data(args, model, split, device):
             latents, captions = clips.images(args.seed, step, args.batch_size)
             return {"latents": latents, "captions": captions}
         return image_batch
-    shapes = data.window_shapes(args.stage, args.frames)
+    shapes = data.window_shapes(args.stage, args.frames, args.max_stride)
     return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
 
 
 def fingerprint(network):
     """A number that changes with the weights of a network: a latent cache is only as good as its VAE."""
     return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.6f}"
+
+
+class ErrorBank:
+    """Errors that the network has made on new frames, to be put on given ones (2510.09212, error recycling).
+
+    In training given frames are true, in sampling they are the model's own. So a share of the windows that
+    lead on is shown with such an error on all frames that a plan would have made, and must come back to the
+    truth. Not windows that fill: they shall go on with what they are given, or they would show seams.
+
+    errors: (n, c, h, w) float16 on the CPU, the last 1024 frames; part of the checkpoint."""
+
+    def __init__(self, share):
+        self.share, self.errors = share, None
+
+    def spoil(self, x0, given, user, generator):
+        """Latents (b, c, f, h, w) with an error of the bank, or none, on the given frames of each window."""
+        hit = torch.rand(len(x0), generator=generator) < self.share
+        if self.errors is None:
+            return x0
+        drawn = self.errors[torch.randint(len(self.errors), (len(x0),), generator=generator)].float()
+        error = (drawn * hit[:, None, None, None]).to(x0.device)[:, :, None]
+        where = given & ~user & ~given[:, -1:]                                                        # (b, f)
+        return x0 + error * where[:, None, :, None, None]
+
+    @torch.no_grad()
+    def add(self, error, given):
+        """Keep the errors (b, c, f, h, w) of the new frames of windows that lead on."""
+        new = ~given & ~given[:, -1:]
+        fresh = error.transpose(1, 2)[new].half().cpu()
+        self.errors = torch.cat([*([] if self.errors is None else [self.errors]), fresh])[-1024:]
 
 
 def random_levels(batch, generator, args):
@@ -200,22 +239,25 @@ def embed(model, batch, captions):
     return torch.where(dropped[:, None, None], model.context([""]), batch["contexts"])
 
 
-def diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions):
+def diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions, bank=None):
     """Errors of the UNet's answer, and of its guess at the clean frames: (b, c, f, h, w), 0 on given frames.
 
     Every frame has its own level: t_new where it is made, t_aug where it is given, 0 where the user gave
-    it. A single frame has no neighbours to guess from: None."""
+    it. A single frame has no neighbours to guess from: None. bank: an ErrorBank to use and to fill."""
     x0 = batch["latents"]  # (b, c, f, h, w)
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     given, user = batch["given"], batch["user"]                                   # (b, f) each
     t = torch.where(user, 0, torch.where(given, t_aug[:, None], t_new[:, None]))  # (b, f)
-    x_t = schedule.q_sample(x0, t, eps)
-    x_t = torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t)        # level 0: really clean
+    shown = bank.spoil(x0, given, user, generator) if bank else x0                # new frames: as they are
+    x_t = schedule.q_sample(shown, t, eps)
+    x_t = torch.where((given & (t == 0))[:, None, :, None, None], shown, x_t)     # level 0: really clean
     context, new = embed(model, batch, captions), ~given[:, None, :, None, None]
     target = schedule.target(x0, t, eps)
     if args.stage not in VIDEO_STAGES:
         return (model.unet(x_t, t, context, temporal=False).float() - target) * new, None
     output, guess = model.unet(x_t, t, context, batch["frames"], given, with_guess=True)
+    if bank:
+        bank.add(schedule.to_x0(x_t, t, output.detach().float()) - x0, given)
     return (output.float() - target) * new, (guess.float() - x0) * new
 
 
@@ -269,7 +311,7 @@ def to_device(batch, device):
     return batch
 
 
-def training_loss(model, schedule, batch, seed, args, device):
+def training_loss(model, schedule, batch, seed, args, device, bank=None):
     """What to descend on for one batch, and its loss, two scalars. Its noise is a function of `seed` alone.
 
     Video stages go by relative errors, that of the guess beside that of the answer."""
@@ -281,7 +323,8 @@ def training_loss(model, schedule, batch, seed, args, device):
     t_new, t_aug = (t.to(device) for t in random_levels(batch, generator, args))
     dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
-    error, guess_error = diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions)
+    error, guess_error = diffusion_errors(model, schedule, batch, t_new, t_aug, generator, args, captions,
+                                          bank)
     weight = min_snr_weight(schedule, t_new, args.snr_gamma) if args.snr_gamma else 1
     loss = weight * mean_square(error, batch["given"])
     descend = loss
@@ -374,16 +417,17 @@ def averaged(ema, parameters):
         swap(ema, parameters)
 
 
-def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args):
+def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args, bank=None):
     """Everything that a run needs to go on exactly. The file is complete or not there."""
     state = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "step": step, "rng": torch.get_rng_state(),
-             "preset": model.config.name, "stage": args.stage, "args": vars(args)}
+             "preset": model.config.name, "stage": args.stage, "args": vars(args),
+             "errors": bank and bank.errors}
     with data.complete(path) as unfinished:
         torch.save(state, unfinished)
 
 
-def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
+def load_checkpoint(path, parameters, ema, optimizer, scaler, args, bank=None):
     """Put a run back where it was saved; returns its step. ValueError when the file is of another run."""
     if not os.path.exists(path):
         raise ValueError(f"no checkpoint at {path} to resume from: leave --resume away to start anew, "
@@ -395,10 +439,11 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
                              f"{getattr(args, name)}: resume with the same {name}, or start anew in another "
                              "--out folder")
     # what decides the batches and the learning rate must not change in the middle of a run
+    old = {"max_stride": 16, "error_bank": 0.0} | state["args"]   # what older checkpoints do not say
     for name in ("max_steps", "batch_size", "learning_rate", "seed", "worlds", "frames", "aug_max",
-                 "weights"):
-        if state["args"][name] != getattr(args, name):
-            raise ValueError(f"{path} was trained with --{name} {state['args'][name]}, now it is "
+                 "weights", "max_stride", "error_bank"):
+        if old[name] != getattr(args, name):
+            raise ValueError(f"{path} was trained with --{name} {old[name]}, now it is "
                              f"{getattr(args, name)}: give the old value to go on exactly, or start anew in "
                              "another --out folder")
     before = state["args"].get("data_hash")   # a checkpoint from before there was --data has none
@@ -416,15 +461,17 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
+    if bank:
+        bank.errors = state["errors"]
     return state["step"]
 
 
-def start_or_resume(path, parameters, ema, optimizer, scaler, args):
+def start_or_resume(path, parameters, ema, optimizer, scaler, args, bank=None):
     """Go on from a checkpoint if asked to, `path` for --resume auto. Writes args.json, returns the step."""
     step = 0
     if args.resume:
         path = path if args.resume == "auto" else args.resume
-        step = load_checkpoint(path, parameters, ema, optimizer, scaler, args)
+        step = load_checkpoint(path, parameters, ema, optimizer, scaler, args, bank)
         print(f"resumed {path} at step {step}")
     with open(os.path.join(args.out, "args.json"), "w") as file:
         json.dump(vars(args), file, indent=1)
@@ -530,14 +577,14 @@ def prepare_optimizer(trainable, args, device):
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
 
 
-def accumulate(model, schedule, next_batch, step, args, device, scaler):
+def accumulate(model, schedule, next_batch, step, args, device, scaler, bank=None):
     """Forward and backward of the micro-steps of one step, whose gradients add up to the mean's; the loss."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     loss, n = 0.0, args.gradient_accumulation_steps
     for number in range(step * n, (step + 1) * n):
         with torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no"):
             seed = args.seed * 1_000_003 + number
-            descend, part = training_loss(model, schedule, next_batch(number), seed, args, device)
+            descend, part = training_loss(model, schedule, next_batch(number), seed, args, device, bank)
         scaler.scale(descend / n).backward()
         loss += part.item() / n
     return loss
@@ -609,7 +656,8 @@ def main(argv=None):
     ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     optimizer, scaler = prepare_optimizer(trainable, args, device)
     checkpoint_path = os.path.join(args.out, "ckpt.pt")
-    step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args)
+    bank = ErrorBank(args.error_bank) if args.error_bank else None
+    step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args, bank)
     log_file, log = start_log(os.path.join(args.out, "log.csv"), step)
     model.unet.train()
     model.unet.checkpoint_every = args.gradient_checkpointing
@@ -632,7 +680,7 @@ def main(argv=None):
                 sample_sheet(f"{args.out}/samples/{step:06d}.png", model, schedule, batches[0], args, device)
         if step and (step % args.save_every == 0 or last):
             log_file.flush()
-            save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args)
+            save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args, bank)
         if last:
             log.writerow(row)
             break
@@ -643,7 +691,7 @@ def main(argv=None):
             group["lr"] = get_learning_rate(step, args)
 
         # forward, backward
-        loss = accumulate(model, schedule, next_batch, step, args, device, scaler)
+        loss = accumulate(model, schedule, next_batch, step, args, device, scaler, bank)
         if loss != loss:
             raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
                              f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")
