@@ -377,8 +377,8 @@ class Sampler:
             return guide(say(x_t, t), unclear, self.args.history_guidance)
 
         levels = [(level + 1) * (top + 1) // T - 1 for level in ddim_timesteps(steps, self.spacing)]
-        say_it = say if weak is None else led_by_history
-        return ddim_sample(self.schedule, say_it, x, t_given, new, levels + [self.last])
+        answer = say if weak is None else led_by_history
+        return ddim_sample(self.schedule, answer, x, t_given, new, levels + [self.last])
 
     def first_frames(self, seeds, prompts):
         """Pictures from the image model alone: latents (n, 4, 1, h, w)."""
@@ -492,8 +492,9 @@ def joins(plan, n_frames):
 
 
 def smoothed(args, plan):
-    """The frames that a run shows as the cubic through their neighbours: see --joins."""
-    return joins(plan, args.frames) if args.joins == "smooth" else []
+    """The frames that a run shows as the cubic through two neighbours on either side: see --joins."""
+    n = args.frames
+    return {f for f in joins(plan, n) if 2 <= f < n - 2} if args.joins == "smooth" else set()
 
 
 def seam_energy(video, seams):
@@ -658,7 +659,7 @@ def decoded(args, model, device, store, frames, smooth=()):
 def write_ready(args, model, device, store, pictures, pending, smooth=()):
     """Decode and write those lists of frames in `pending` whose latents are made, and take them off it.
 
-    pictures: {frame: (3, 1, H, W)}, given, they come back as they were. smooth: frames, see `shown`."""
+    pictures: {frame: (3, 1, H, W)}, given, they come back as they were. smooth: set of frames, see `shown`."""
     near = lambda frames: sorted({*frames, *(f + i for f in frames if f in smooth for i in (-2, -1, 1, 2))})
     for frames in [frames for frames in pending if store.made(near(frames))]:
         video = decoded(args, model, device, store, frames, smooth)
