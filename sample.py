@@ -1025,6 +1025,9 @@ def evaluate(args, argv):
     the frame; and what each cell made and measured, which is kept."""
     if processes()[1] > 1:
         raise ValueError("--evaluate runs in one process: start it without torchrun")
+    if args.keyframes or args.loop or args.prompts:
+        raise ValueError("--evaluate starts from the first frame and the caption of test worlds: leave "
+                         "--keyframes, --loop and --prompts away")
     args.out, cells = args.out or os.path.join("out", "evaluate"), combinations(args, argv)
     model, sampler, device = prepare(args)
     claim(args, model)

@@ -294,8 +294,10 @@ def test_evaluation_compares_all_combinations_and_goes_on_where_it_stopped(tmp_p
     assert (tmp_path / "cut" / "table.md").read_text() == table
     with pytest.raises(ValueError, match="other seed: give the same"):
         run(tmp_path, restless_weights, *lists, "2", "--seed", "1", name="cut")
-    with pytest.raises(ValueError, match="expected FLAG=VALUE,VALUE"):
-        run(tmp_path, restless_weights, "--evaluate", "ladder", name="cut")
+    for argv, words in ((["ladder"], "expected FLAG=VALUE,VALUE"), (["worlds=3"], "'worlds' = '3'"),
+                        (["--loop"], "leave --keyframes, --loop")):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, restless_weights, "--evaluate", *argv, name="cut")
 
 
 def sampler_of(weights, *argv):
