@@ -659,7 +659,7 @@ def decoded(args, model, device, store, frames, smooth=()):
 def write_ready(args, model, device, store, pictures, pending, smooth=()):
     """Decode and write those lists of frames in `pending` whose latents are made, and take them off it.
 
-    pictures: {frame: (3, 1, H, W)}, given, they come back as they were. smooth: set of frames, see `shown`."""
+    pictures: {frame: (3, 1, H, W)}, given, come back as they were. smooth: set of frames, see `shown`."""
     near = lambda frames: sorted({*frames, *(f + i for f in frames if f in smooth for i in (-2, -1, 1, 2))})
     for frames in [frames for frames in pending if store.made(near(frames))]:
         video = decoded(args, model, device, store, frames, smooth)

@@ -43,7 +43,7 @@ def test_given_frames_come_from_a_smaller_level(plan):
 
 
 def test_keys_in_place_of_the_frame_before_free_the_fills_of_each_other():
-    """Same windows in the same order, but a fill reads anchors, starter and keys only, one of each behind it."""
+    """Same windows in the same order, but a fill reads anchors and keys only, one of them behind it."""
     for n in (19, 121, 500):
         plan = seed(n, "key")
         verify(plan, n)
