@@ -438,6 +438,26 @@ def merge_lora(model, path, scale=1.0):
     return len(used) // 3, sorted(tensors.keys() - used)
 
 
+def lora_tensors(model):
+    """The LoRA that `add_lora` gave a UNet, in kohya's layout: for `merge_lora` and other programs."""
+    layers = {f"{PREFIXES['unet']}{name}.weight": layer for name, layer in model.unet.named_modules()
+              if hasattr(layer, "lora")}
+    levels, each = range(len(model.config.widths)), range(model.config.res_blocks + 1)
+    blocks = ["mid_block_attentions_0", *(f"{side}_blocks_{i}_attentions_{j}"
+                                          for side in ("down", "up") for i in levels for j in each)]
+    tensors = {}
+    for block in blocks:
+        for last in ("to_q", "to_k", "to_v", "to_out_0"):
+            for stem in (f"lora_unet_{block}_transformer_blocks_0_attn{i}_{last}" for i in (1, 2)):
+                layer = layers.pop(lora_target(stem, model.config), None)     # not all blocks have attention
+                if layer is not None:
+                    down, up = (part.weight.detach().cpu() for part in layer.lora)
+                    tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up,
+                                f"{stem}.alpha": torch.tensor(float(len(down)))}
+    assert not layers, f"no name in kohya's layout for {', '.join(layers)}"
+    return tensors
+
+
 def main(argv=None):
     """Convert one checkpoint: read it, say what it is, write it."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -406,17 +406,19 @@ def prefetch(draw):
     return batch
 
 
-def window_shapes(stage, n_frames):
+def window_shapes(stage, n_frames, max_stride=16):
     """Lists of windows that a video stage trains on, one list per stage and source.
 
     Each is drawn from equally often. The sources are both planners at the full length, and the ladder at a
-    half and a quarter of it: short videos are asked for too. A source may have no window of a stage (the
-    ladder needs none that extrapolates up to 97 frames)."""
+    half and a quarter of it: short videos are asked for too; and where keys may be more than 16 frames apart,
+    the ladder with such keys besides. A source may have no window of a stage (the ladder needs none that
+    extrapolates up to 97 frames)."""
     schedule.training_windows(stage, n_frames)             # says so if there is nothing to train on at all
     lists = []
     shorter = tuple(n for n in (n_frames // 2, n_frames // 4) if n > 1)
-    for planner, lengths in (("ladder", n_frames), ("seed", n_frames), ("ladder", shorter)):
-        windows = schedule.training_windows("video", lengths, (planner,)) if lengths else []
+    sources = [("ladder", n_frames, 16), ("seed", n_frames, 16), ("ladder", shorter, 16)]
+    for planner, lengths, stride in sources + [("ladder", n_frames, max_stride)] * (max_stride > 16):
+        windows = schedule.training_windows("video", lengths, (planner,), stride) if lengths else []
         lists += [[window for window in windows if window.stage == wanted] for wanted in schedule.STAGES
                   if stage in (wanted, "video")]
     return [windows for windows in lists if windows]
@@ -463,18 +465,21 @@ def save_animation(path, pixels, fps, scale=1):
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **more)
 
 
-COLOURS = [(200, 30, 30), (30, 90, 200), (20, 140, 60), (160, 90, 20), (120, 40, 160), (110, 110, 110)]
+COLOURS = [(200, 30, 30), (30, 90, 200), (20, 140, 60), (160, 90, 20), (120, 40, 160), (110, 110, 110),
+           (230, 120, 160), (0, 160, 170), (170, 160, 0), (60, 60, 60), (250, 120, 0), (130, 170, 230)]
 
 
 def line_plot(path, curves, title, log=False):
-    """Curves {name: [(x, y), ...]} as a picture of 700x340 pixels, with a legend."""
+    """Curves {name: [(x, y), ...]} as a picture 700 pixels wide, with a legend of as many rows as needed."""
     change = (lambda y: np.log10(max(y, 1e-12))) if log else float
     back = (lambda v: 10 ** v) if log else float
     points = {name: [(x, change(y)) for x, y in curve] for name, curve in curves.items() if len(curve)}
     xs, ys = zip(*[point for curve in points.values() for point in curve])
     low, high, first, last = min(ys), max(max(ys), min(ys) + 1e-6), min(xs), max(max(xs), min(xs) + 1e-6)
     place = lambda x, y: (70 + 600 * (x - first) / (last - first), 290 - 240 * (y - low) / (high - low))
-    image = Image.new("RGB", (700, 340), "white")
+    widest = max(105, 8 + 6 * max(map(len, points)))          # a letter is 6 pixels wide
+    columns = max(1, 620 // widest)
+    image = Image.new("RGB", (700, 340 + 18 * ((len(points) - 1) // columns)), "white")
     draw = ImageDraw.Draw(image)
     draw.text((70, 8), title, fill="black")
     for part in (0, 0.25, 0.5, 0.75, 1):
@@ -485,7 +490,7 @@ def line_plot(path, curves, title, log=False):
     for i, (name, curve) in enumerate(points.items()):
         colour = COLOURS[i % len(COLOURS)]
         draw.line([place(*point) for point in curve], fill=colour, width=2)
-        draw.text((70 + 105 * i, 318), name, fill=colour)
+        draw.text((70 + widest * (i % columns), 318 + 18 * (i // columns)), name, fill=colour)
     image.save(path)
 
 

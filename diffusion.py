@@ -304,6 +304,21 @@ def frame_noise(seed, frame, shape, kind="start"):
     return torch.randn(shape, generator=generator)
 
 
+def start_noise(seed, frame, shape, correlation=0.0):
+    """What sampling a frame begins with: √ρ of a noise that all frames share, √(1 − ρ) of its own.
+
+    Standard normal like `frame_noise`; two frames of a video have the correlation ρ (the mixed noise of
+    PYoCo, 2305.10474). ValueError unless 0 <= ρ <= 1.
+    """
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"frames share {correlation} of their noise: expected 0 (none) to 1 (all)")
+    own = frame_noise(seed, frame, shape)
+    if correlation == 0:
+        return own
+    shared = frame_noise(seed, -1, shape)  # no video has a frame -1
+    return math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+
+
 # ----------------------------------------------------------------------------------------- a whole window
 
 def ddim_sample(schedule, say, x, t_given, new, levels):

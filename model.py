@@ -19,6 +19,7 @@ import os
 import sys
 import unicodedata
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -32,6 +33,7 @@ from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import NoiseSchedule, lean_on
@@ -106,11 +108,91 @@ def sinusoids(values, dim, max_period=10_000):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class KeepNothing(torch.autograd.Function):
+    """A frozen layer whose input is not kept: the gradient of its input needs the weight alone."""
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.shape, ctx.stride = layer, x.shape, x.stride()
+        return layer.plain(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight = ctx.layer.weight.to(gradient.dtype)       # one that is stored in 8 bit is unpacked again
+        return ctx.layer.gradient_of_input(gradient, weight, ctx.shape, ctx.stride), None
+
+
+class Conv2d(nn.Conv2d):
+    """A conv of the image model. `lean`, set by `save_memory` when it is frozen: see `KeepNothing`."""
+    lean = False
+
+    def plain(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def gradient_of_input(self, gradient, weight, shape, stride):
+        """What torch does itself, to the bit: it wants an input, but looks at shape and layout only."""
+        x = torch.empty_strided(shape, stride, dtype=gradient.dtype, device=gradient.device)
+        options = self.stride, self.padding, (1, 1), False, (0, 0), 1          # no dilation, one group
+        return torch.ops.aten.convolution_backward(gradient, x, weight, None, *options,
+                                                   (True, False, False))[0]
+
+    def forward(self, x):
+        return KeepNothing.apply(x, self) if self.lean else self.plain(x)
+
+
+class Linear(nn.Linear):
+    """A linear layer of the image model. It keeps no input when it is frozen, but its weight, of which one in
+    8 bit would be a copy: `lean` for that. `lora` is a trainable bypass, see `add_lora`."""
+    lean = False
+
+    def plain(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+    def gradient_of_input(self, gradient, weight, shape, stride):
+        return gradient @ weight
+
+    def forward(self, x):
+        out = KeepNothing.apply(x, self) if self.lean else self.plain(x)
+        return out + self.lora(x) if hasattr(self, "lora") else out
+
+
+def no_autocast(x):
+    """A context: autocast is off where x is. The meta device, of tensors without content, has none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+class GroupNorm(nn.GroupNorm):
+    """In the precision of its input. Autocast would make a float32 copy on a GPU, and keep that instead."""
+    def forward(self, x):
+        with no_autocast(x):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """In the precision of its input, as `GroupNorm`."""
+    def forward(self, x):
+        with no_autocast(x):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def cheap(again, function, x):
+    """function(x), which is quick: if `again`, only x is kept, and the backward pass computes the rest.
+
+    Beside the matrix products, norms and activations take hardly any time, but as much memory."""
+    if not again:
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
 def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √d + mask) v for q, k, v (rows, heads, tokens, d), mask (rows, heads, q, k) or None.
 
     Temporal attention has a row for every pixel: many rows, each very short. They go through in chunks that
-    the GPU kernels accept."""
+    the GPU kernels accept. To train the mask in half precision, torch's way would be to keep everything in
+    float32; written out it is smaller and quicker, because the softmax is over a few frames only."""
+    if mask is not None and mask.requires_grad and q.dtype != torch.float32:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
+        return scores.softmax(-1).to(v.dtype) @ v
     rows = max(1, GRID_LIMIT // q.shape[1])
     if q.shape[0] <= rows:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -209,7 +291,7 @@ def distance_embedding(distance):
     return sinusoids(10 * distance.sign() * distance.abs().log1p(), 32)
 
 
-class PseudoConv3d(nn.Conv2d):
+class PseudoConv3d(Conv2d):
     """A 3x3 conv inside each frame, then a conv of kernel 3 across frames: (b f) c h w -> (b f) c h w.
 
     The second starts as the identity. Its side taps fade with the gap g to the neighbour as g^-falloff, one
@@ -244,7 +326,7 @@ class TemporalAttention(nn.Module):
     def __init__(self, channels, heads, emb_dim):
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.emb = zero(nn.Linear(emb_dim, channels))
         self.bias = nn.Sequential(nn.Linear(32, 32), nn.SiLU(), zero(nn.Linear(32, heads, bias=False)))
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
@@ -271,19 +353,22 @@ class ResBlock(nn.Module):
 
     GroupNorm has SD's eps of 1e-5 here (and in the UNet's `out`), 1e-6 everywhere else. It pools within one
     frame, so nothing depends on how many frames a window has."""
+    again = False    # see `cheap`
+
     def __init__(self, c_in, c_out, emb_dim):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+            GroupNorm(32, c_in), nn.SiLU(), Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_dim, c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0), PseudoConv3d(c_out, c_out))
-        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+            GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0), PseudoConv3d(c_out, c_out))
+        self.skip_connection = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb, window=None):
-        hidden = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        norm, silu, _, conv = self.out_layers
-        return self.skip_connection(x) + conv(silu(norm(hidden)), window)
+        hidden = self.in_layers[2](cheap(self.again, self.in_layers[:2], x))
+        hidden = hidden + self.emb_layers(emb)[:, :, None, None]
+        hidden = cheap(self.again, self.out_layers[:2], hidden)
+        return self.skip_connection(x) + self.out_layers[3](hidden, window)
 
 
 class CrossAttention(nn.Module):
@@ -291,10 +376,10 @@ class CrossAttention(nn.Module):
     def __init__(self, channels, heads, context_dim=None):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0))
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim or channels, channels, bias=False)
+        self.to_v = Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(Linear(channels, channels), nn.Dropout(0))
 
     def forward(self, x, context=None):
         context = x if context is None else context
@@ -308,12 +393,17 @@ class CrossAttention(nn.Module):
 
 class GEGLU(nn.Module):
     """A linear layer whose second half gates the first (Shazeer 2002.05202)."""
+    again = False    # see `cheap`
+
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
+        self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        return cheap(self.again, self.gated, self.proj(x))
+
+    def gated(self, both):
+        x, gate = both.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
@@ -322,7 +412,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels):
         super().__init__()
         width = 4 * channels
-        self.net = nn.Sequential(GEGLU(channels, width), nn.Dropout(0), nn.Linear(width, channels))
+        self.net = nn.Sequential(GEGLU(channels, width), nn.Dropout(0), Linear(width, channels))
 
     def forward(self, x):
         return self.net(x)
@@ -337,7 +427,7 @@ class TransformerBlock(nn.Module):
         self.attn1 = CrossAttention(channels, heads)
         self.ff = FeedForward(channels)
         self.attn2 = CrossAttention(channels, heads, context_dim)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(channels) for _ in range(3))
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -349,10 +439,10 @@ class SpatialTransformer(nn.Module):
     """Attention between the pixels of one frame, and from them to the text: (b f) c h w -> (b f) c h w."""
     def __init__(self, channels, heads, context_dim):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.norm = GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x, context):
         h = x.shape[-2]
@@ -366,7 +456,7 @@ class Downsample(nn.Module):
     """Half the size, by a conv of stride 2."""
     def __init__(self, channels):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x):
         return self.op(x)
@@ -376,7 +466,7 @@ class Upsample(nn.Module):
     """Twice the size: nearest neighbour, then a conv. The VAE uses it too."""
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -396,7 +486,9 @@ class Stage(nn.Module):
         before_upsample = [layer for layer in layers if not isinstance(layer, Upsample)]
         self.order = (*before_upsample, temporal, *layers[len(before_upsample):])
 
-    def forward(self, x, emb, context, window=None):
+    def forward(self, x, emb, context, window=None, skip=None):
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)      # in here: checkpointing does not keep it twice then
         for layer in self.order:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, window)
@@ -543,7 +635,7 @@ class UNet(nn.Module):
         c, widths, emb = config, config.widths, config.emb_dim
         self.checkpoint_every = 0     # recompute every so-manieth stage in the backward pass; 0: none
         self.factor = 2 ** (len(widths) - 1)              # sizes are halved so often, and must come out even
-        self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(Linear(widths[0], emb), nn.SiLU(), Linear(emb, emb))
 
         def stage(c_in, c_out, attend, *more):
             """ResBlock, spatial attention if this level has it, what else is given, temporal attention."""
@@ -552,7 +644,7 @@ class UNet(nn.Module):
                 layers.append(SpatialTransformer(c_out, c.heads, c.text_width))
             return Stage(*layers, *more, temporal=TemporalAttention(c_out, c.heads, c.temporal_emb_dim))
 
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, widths[0], 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(Conv2d(c.in_channels, widths[0], 3, padding=1))])
         ch, skips = widths[0], [widths[0]]
         for level, width in enumerate(widths):
             for _ in range(c.res_blocks):
@@ -573,7 +665,7 @@ class UNet(nn.Module):
                 up = [Upsample(width)] if level > 0 and i == c.res_blocks else []
                 self.output_blocks.append(stage(ch + skips.pop(), width, level in c.attention_levels, *up))
                 ch = width
-        self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, 4, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(32, ch), nn.SiLU(), Conv2d(ch, 4, 3, padding=1))
 
         self.temporal_embed = FrameEmbedding(c.temporal_emb_dim, c.text_width)
         self.temporal_hint = zero(nn.Conv2d(3 * 4 + 1, widths[0], 3, padding=1))
@@ -628,7 +720,7 @@ class UNet(nn.Module):
         """The second half, back up: the answer and the guess (None without a window), like x."""
         skips = list(skips)
         for i, stage in enumerate(self.output_blocks):
-            hidden = self.run(i, stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, window)
+            hidden = self.run(i, stage, hidden, emb, context, window, skips.pop())
         video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=len(x))
         out = video(self.out(hidden))
         if window is None:
@@ -689,18 +781,81 @@ class UNet(nn.Module):
         return Around(b, f, clips, gap.to(x.dtype), distance, emb, images(hint), rows(since), rows(share),
                       images(blend))
 
-    def run(self, i, stage, x, emb, context, window):
+    def run(self, i, stage, *inputs):
         """One stage, recomputed in the backward pass instead of stored if it is the turn of stage i.
 
         The older, re-entrant checkpointing trains nothing, in silence, when the input needs no gradient."""
         if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
-            return checkpoint(stage, x, emb, context, window, use_reentrant=False)
-        return stage(x, emb, context, window)
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
 
 
 def is_temporal(name):
     """Does a parameter of the UNet belong to what the video stages train? All others are the image model."""
     return "temporal" in name
+
+
+# ------------------------------------------------------------------------------------ training in less memory
+
+class EightBit(nn.Module):
+    """A weight as 8-bit integers with a scale per output channel, unpacked whenever a layer asks for it."""
+    def right_inverse(self, weight):
+        scale = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True).clamp(min=1e-8) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+    def forward(self, whole, scale):
+        return whole * scale
+
+
+def save_memory(unet, again=False, lean=False, eight_bit=False):
+    """Let the UNet keep less for the backward pass, and its frozen layers be smaller; returns it.
+
+    again: run norms, SiLU and GEGLU of the image model twice. lean: frozen convs keep nothing; costs no time.
+    eight_bit: frozen weights take a byte per number; they are unpacked for every use, backward pass too."""
+    for module in list(unet.modules()):
+        if isinstance(module, (ResBlock, GEGLU)):
+            module.again = again
+        if isinstance(module, (Conv2d, Linear)) and not module.weight.requires_grad:
+            module.lean = eight_bit or lean and isinstance(module, Conv2d)
+            if eight_bit:
+                parametrize.register_parametrization(module, "weight", EightBit())
+    return unet
+
+
+def add_lora(unet, rank):
+    """Give every projection of the spatial attentions a trainable bypass of a low rank, zero at the start.
+
+    W x + up(down(x)) (Hu et al. 2106.09685, 4.1). Returns the layers by the names of their weights."""
+    layers = {f"{name}.weight": module for name, module in unet.named_modules()
+              if isinstance(module, Linear) and name.split(".")[-1 - name.endswith(".0")].startswith("to_")}
+    for layer in layers.values():
+        there = layer.weight.device
+        down = nn.Linear(layer.in_features, rank, bias=False, device=there)
+        layer.lora = nn.Sequential(down, zero(nn.Linear(rank, layer.out_features, bias=False, device=there)))
+    return layers
+
+
+def keep_activations(eight_bit, home, dtype):
+    """A context: what the forward pass keeps for the backward pass, it keeps smaller, or elsewhere.
+
+    eight_bit: numbers of type `dtype` as 8-bit integers with a scale per row; what is float32 in a run in
+    half precision has a reason, so it stays. home: the device to wait on, the CPU say, or None. Weights and
+    small tensors stay as they are."""
+    def pack(x):
+        if isinstance(x, nn.Parameter) or x.numel() < 2 ** 12:
+            return x, None, None
+        device, scale = x.device, None
+        if eight_bit and x.dtype == dtype and x.dim() > 2 and x.shape[-1] > 3:        # 3: a kernel of a conv
+            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+            x = (x / scale).round().to(torch.int8)
+        return (x if home is None else x.to(home)), scale, device
+
+    def unpack(kept):
+        x, scale, device = kept
+        x = x if device is None else x.to(device)
+        return x if scale is None else x * scale
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 # ---------------------------------------------------------------------------------------------------- the VAE
@@ -1004,10 +1159,10 @@ class Model:
         """The three networks by name."""
         return {"unet": self.unet, "vae": self.vae, "text": self.text}
 
-    def to(self, device):
-        """Move all networks; returns self. The UNet's convs are faster with the channels last in memory."""
-        for network in self.networks().values():
-            network.to(device)
+    def to(self, device, parts=("unet", "vae", "text")):
+        """Move networks; returns self. The UNet's convs are faster with the channels last in memory."""
+        for part in parts:
+            self.networks()[part].to(device)
         self.unet.to(memory_format=torch.channels_last)
         return self
 

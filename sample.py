@@ -10,6 +10,7 @@
     torchrun --standalone --nproc_per_node=2 sample.py --frames 121     the same video by two processes
     python sample.py --schedule joint --max_stride 1 --radius 8 --global_frames 16    all frames at once
     python sample.py --evaluate                        schedules against the truth on 64 test worlds
+    python sample.py --evaluate schedule=ladder,seed aug=none,t=20 frames=121,481      all combinations
 
 A run writes one folder: args.json, latents.safetensors and frames/00001.png on the way, frames as soon as
 they are final; then video.gif, video.webp, video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv.
@@ -24,11 +25,12 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
+import sys
 import time
+import zlib
 from bisect import bisect_right
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 import torch
@@ -40,18 +42,21 @@ from tqdm import tqdm
 
 import data
 from convert_sd_weights import merge_lora
-from diffusion import (NoiseSchedule, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
-                       rescale_guidance)
+from diffusion import (NoiseSchedule, T, ddim_sample, ddim_timesteps, frame_noise, guide, parse_noise_level,
+                       rescale_guidance, start_noise)
 from model import (PRESETS, TEXT_TOKENS, TINY_WEIGHTS, SharedWindow, PseudoConv3d, TemporalAttention, UNet,
-                   choose_device, fill, is_temporal, load_weights, processes, read_weights)
-from schedule import (PLANNERS, STAGES, assign, by_frame, costs, cut, extension, gain, length, share, show,
+                   checksum, choose_device, fill, is_temporal, load_weights, nearest_given, processes,
+                   read_weights)
+from schedule import (SCHEDULES, STAGES, assign, by_frame, costs, cut, extension, gain, length, share, show,
                       verify)
 
+STRIDED = ("ladder", "joint")   # schedules with strides to choose, and from given frames of any number
 FILL_GAP = 16               # between known frames farther apart so much is open that --fill_steps are too few
 ANIMATION_FRAMES = 241      # longer videos get no GIF and WebP, whose writers keep all frames in memory
 # what --plan assumes of a process: FLOP/s, and bytes received per second, on a CPU core and on a GPU with 8
 # lanes of PCIe 4
 SPEEDS = {"tiny": (50e9, 1e9), "sd15": (25e12, 12e9)}
+HISTORY_LEVEL = 250         # of given frames where history guidance leads away from; training has none higher
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
 # guidance of both, noise of frames the model made
@@ -79,9 +84,10 @@ def parse(argv):
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same video, bit for bit")
     p.add_argument("--fps", type=int, default=12, help="of the written videos")
     # how
-    p.add_argument("--schedule", default="ladder", choices=list(PLANNERS),
+    p.add_argument("--schedule", default="ladder", choices=list(SCHEDULES),
                    help="which frames are made from which; joint denoises all keys together, and processes "
-                   "share them frame by frame")
+                   "share them frame by frame; to compare: ladder_plain fills all gaps at once, the fills of "
+                   "seed_key see a key instead of the frame before")
     p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key; 64 makes videos "
                    "of thousands of frames less deep, but training must have shown it; 1 with --schedule "
                    "joint denoises the whole video together")
@@ -103,6 +109,18 @@ def parse(argv):
                    "abar=..., t=94 or none; default none for tiny, nsr=0.33 for sd15")
     p.add_argument("--context_noise", default="add", choices=("add", "label", "none"), help="add: noise is "
                    "put on these frames; label: the network is only told so; none: neither")
+    # against drift: all off, the README says what they did
+    p.add_argument("--noise_correlation", type=float, default=0.0, metavar="RHO", help="of the noise that "
+                   "two frames start from, 0 to 1: more holds a video still, clouds too")
+    p.add_argument("--fill_start", default="none", metavar="LEVEL", help="a fill starts from the blend of "
+                   "its ends with so much noise, t=600 for example, and not from pure noise (none)")
+    p.add_argument("--history_guidance", type=float, default=1.0, metavar="SCALE", help="lead away from what "
+                   "the network says if given frames are noisier; 1 is off and twice as fast")
+    p.add_argument("--joins", default="plain", choices=("plain", "smooth"), help="smooth: frames where two "
+                   "windows meet are shown as the cubic through their neighbours, which hides the bend there")
+    p.add_argument("--match_colours", type=float, default=0.0, metavar="SHARE", help="move mean and "
+                   "deviation of each colour to those of the first frame, 0 to 1; only where the light never "
+                   "changes")
     # with what
     p.add_argument("--preset", default="tiny", choices=list(PRESETS))
     p.add_argument("--weights", default=None, help="default for the tiny preset: assets/tiny.safetensors")
@@ -123,10 +141,11 @@ def parse(argv):
     p.add_argument("--extend", type=int, metavar="N", help="make the finished video in --out N frames longer")
     p.add_argument("--plan", action="store_true",
                    help="print the plan, its costs and what 2, 4 and 8 processes would gain, and stop")
-    p.add_argument("--evaluate", nargs="*", choices=list(PLANNERS), metavar="SCHEDULE",
-                   help="compare schedules, default ladder and seed, with the truth on test "
-                   "worlds")
-    p.add_argument("--worlds", type=int, default=64, help="how many worlds --evaluate uses")
+    p.add_argument("--evaluate", nargs="*", metavar="FLAG=VALUE,...", help="make videos of test worlds with "
+                   "every combination of these values and compare them with the truth; default "
+                   "schedule=ladder,seed; --out keeps what is done: the same command goes on")
+    p.add_argument("--worlds", type=int, default=64, help="how many worlds --evaluate uses; try 8 first, and "
+                   "go on with more into the same --out")
     p.add_argument("--split", default="test", choices=("val", "test"),
                    help="which worlds: choose settings on val, report on test")
     p.set_defaults(known=0)   # frames that were finished before --extend
@@ -196,15 +215,15 @@ def frame_plan(args):
     given = sorted({*keys, *[0] * from_start, *[args.frames] * args.loop})
     if args.loop and given[0] != 0:
         raise ValueError(f"--loop leads to frame 0, but the first picture is at {given[0]}: add one at 0")
-    if args.schedule == "seed" and (given != [0] or args.known or args.max_stride != 16):
-        raise ValueError("--schedule seed only goes on from frame 0: leave it away for --keyframes, --loop, "
-                         "--extend and --max_stride")
+    if args.schedule not in STRIDED and (given != [0] or args.known or args.max_stride != 16):
+        raise ValueError(f"--schedule {args.schedule} only goes on from frame 0: leave it away for "
+                         "--keyframes, --loop, --extend and --max_stride")
     if args.known:
         plan = extension(args.frames, args.known, args.max_stride)
-    elif args.schedule == "seed":
-        plan = PLANNERS["seed"](args.frames)
+    elif args.schedule in STRIDED:
+        plan = SCHEDULES[args.schedule](args.frames + args.loop, given, args.max_stride)
     else:
-        plan = PLANNERS[args.schedule](args.frames + args.loop, given, args.max_stride)
+        plan = SCHEDULES[args.schedule](args.frames)
     borders = sorted({0, *segments})
     plan = cut(plan, borders)
     verify(plan, args.frames + args.loop, range(args.known) if args.known else given)
@@ -262,7 +281,7 @@ def clip_gain(config, n_frames, devices, args):
     3c per pixel, again for what it reads from the others. Nothing is received while it computes."""
     flops, convs, attentions = exchanges(config)
     size = lambda shapes, power: sum(c ** power * h * w for c, h, w in shapes)
-    guided, (flops_per_second, bandwidth) = 1 if args.guidance_scale == 1 else 2, SPEEDS[args.preset]
+    guided, (flops_per_second, bandwidth) = passes(args.guidance_scale, args), SPEEDS[args.preset]
     clips, times, received = SharedWindow(share(n_frames, devices), 0, *scope(args)), [], []
     for clip, halo, seen in zip(clips.clips, clips.halo, clips.seen):
         halo, seen = len(halo) - len(clip), len(seen) - len(clip)       # from other clips
@@ -350,10 +369,15 @@ def effort(window, args):
     return args.steps, args.guidance_scale
 
 
+def passes(scale, args):
+    """How often a frame goes through the UNet in one step: guidance, of either kind, sends it twice."""
+    return (1 if scale == 1 else 2) * (1 if args.history_guidance == 1 else 2)
+
+
 def cost(window, args):
-    """How many frames a window sends through the UNet; guidance sends each twice."""
+    """How many frames a window sends through the UNet."""
     steps, scale = effort(window, args)
-    return len(window.frames) * steps * (1 if scale == 1 else 2)
+    return len(window.frames) * steps * passes(scale, args)
 
 
 def make_batches(plan, videos, args):
@@ -373,6 +397,17 @@ def make_batches(plan, videos, args):
     return batches, [sum(cost(window, args) for _, window in batch) for batch in batches]
 
 
+def blend_ends(x, frames, new):
+    """Windows (b, c, f, h, w) with each new frame on the straight line from given frame to given frame.
+
+    frames (b, f) say how far apart they are; given frames must lie on both sides."""
+    before, after = nearest_given(~new)[..., :2].unbind(-1)                                     # (b, f) each
+    a, b = frames.gather(1, before), frames.gather(1, after)
+    share = ((frames - a) / (b - a).clamp(min=1)).to(x.dtype)[:, None, :, None, None]
+    take = lambda places: x.gather(2, places[:, None, :, None, None].expand_as(x))
+    return torch.lerp(take(before), take(after), share)
+
+
 class Sampler:
     """A model with the choices of one run: how its UNet is asked, and at which noise levels.
 
@@ -383,6 +418,8 @@ class Sampler:
         self.model, self.device, self.args, self.layers = model.to(device), device, args, layers
         self.schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
         self.aug = parse_noise_level("none" if args.context_noise == "none" else args.aug, self.schedule)
+        fill_start = parse_noise_level(args.fill_start, self.schedule)
+        self.fill_start = fill_start.t if fill_start.nsr > 0 else None
         # with zero terminal SNR sampling has to start at the last level; SD1.x was made with "leading" and
         # stops at level 0
         self.spacing, self.last = ("trailing", -1) if model.config.zero_terminal_snr else ("leading", 0)
@@ -391,10 +428,12 @@ class Sampler:
         """Text embeddings of the prompts, and of the negative prompt as often."""
         return self.model.context(prompts), self.model.context([self.args.negative_prompt] * len(prompts))
 
-    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None, clips=None):
+    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None, clips=None, top=T - 1, weak=None):
         """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, after `steps` steps.
 
-        scale: of the guidance. clips: who has the other frames, if this process does not have all."""
+        scale: of the guidance. clips: who has the other frames, if this process does not have all. top: the
+        level that new frames start at. weak: for history guidance, the windows with given frames at
+        HISTORY_LEVEL."""
         positive, negative = contexts
 
         def say(x_t, t):
@@ -406,8 +445,15 @@ class Sampler:
             cond, uncond = self.model.unet(*twice[:2], both, *twice[2:], clips=clips).chunk(2)
             return rescale_guidance(guide(cond, uncond, scale), cond, self.args.guidance_rescale)
 
-        levels = ddim_timesteps(steps, self.spacing) + [self.last]
-        return ddim_sample(self.schedule, say, x, t_given, new, levels)
+        def led_by_history(x_t, t):
+            """The same, led away from what it would be if the given frames were less clear (2502.06764)."""
+            x_weak = torch.where(new[:, None, :, None, None], x_t, weak)
+            unclear = say(x_weak, torch.where(new, t, HISTORY_LEVEL))
+            return guide(say(x_t, t), unclear, self.args.history_guidance)
+
+        levels = [(level + 1) * (top + 1) // T - 1 for level in ddim_timesteps(steps, self.spacing)]
+        answer = say if weak is None else led_by_history
+        return ddim_sample(self.schedule, answer, x, t_given, new, levels + [self.last])
 
     def first_frames(self, seeds, prompts):
         """Pictures from the image model alone: latents (n, 4, 1, h, w)."""
@@ -425,6 +471,8 @@ class Sampler:
         segment = lambda window: bisect_right(borders, window.new[0]) - 1
         index = torch.tensor([video * len(borders) + segment(w) for video, w in jobs], device=self.device)
         steps, scale = effort(jobs[0][1], self.args)
+        # not a joint one: a process may lack the given frames on either side of its own
+        from_blend = self.fill_start is not None and jobs[0][1].gap <= FILL_GAP and not jobs[0][1].joint
         lens = share(len(jobs[0][1].frames), world if jobs[0][1].joint else 1)
         clips = SharedWindow(lens, rank if len(lens) > 1 else 0, *scope(self.args))
         if len(lens) > 1:
@@ -437,16 +485,23 @@ class Sampler:
         x = torch.stack([latents[video][:, list(window.frames)] for video, window in jobs]).to(self.device)
         shape = x[0, :, 0].shape
 
-        def noise(kind):  # of every frame by (seed, frame): the batch does not matter
-            rows = [[frame_noise(seeds[video], f, shape, kind) for f in w.frames] for video, w in jobs]
+        def noise(draw, *how):  # of every frame by (seed, frame): the batch does not matter
+            rows = [[draw(seeds[video], f, shape, *how) for f in w.frames] for video, w in jobs]
             return torch.stack([torch.stack(row, dim=1) for row in rows]).to(self.device)
 
+        extra, start = {}, noise(start_noise, self.args.noise_correlation)
+        if self.args.history_guidance != 1:
+            unclear = torch.full_like(t_given, HISTORY_LEVEL)
+            extra["weak"] = self.schedule.q_sample(x, unclear, noise(frame_noise, "aug"))
+        if from_blend:
+            extra["top"], top = self.fill_start, torch.full_like(t_given, self.fill_start)
+            start = self.schedule.q_sample(blend_ends(x, frames, new), top, start)
         if self.args.context_noise == "add":
-            x_t = self.schedule.q_sample(x, t_given, noise("aug"))
+            x_t = self.schedule.q_sample(x, t_given, noise(frame_noise, "aug"))
             x = torch.where(noised[:, None, :, None, None], x_t, x)
-        x = torch.where(new[:, None, :, None, None], noise("start"), x)
+        x = torch.where(new[:, None, :, None, None], start, x)
         contexts = [context[index] for context in contexts]
-        x = self.denoise(x, t_given, new, contexts, steps, scale, frames, clips).cpu()
+        x = self.denoise(x, t_given, new, contexts, steps, scale, frames, clips, **extra).cpu()
         if not torch.isfinite(x).all():
             raise ValueError(f"level {jobs[0][1].level} of the plan made numbers that are not finite: "
                              "try --device cpu or fewer --steps")
@@ -519,6 +574,12 @@ def joins(plan, n_frames):
     return [f for f in range(1, n_frames - 1) if meets(f)]
 
 
+def smoothed(args, plan):
+    """The frames that a run shows as the cubic through two neighbours on either side: see --joins."""
+    n = args.frames
+    return {f for f in joins(plan, n) if 2 <= f < n - 2} if args.joins == "smooth" else set()
+
+
 def seam_energy(video, seams):
     """Median second difference at the frames `seams`, divided by the median at the other inner frames."""
     energy = second_difference(video)
@@ -583,24 +644,35 @@ def psnr(video, truth):
     return -10 * (video - truth).square().mean((0, 2, 3)).clamp(min=1e-10).log10()
 
 
+def frame_errors(video, truth):
+    """How far each frame is from the truth, (3, f, H, W) in [0, 1] each: {name: (f,)}.
+
+    Colour: of 255. Sharp: in bits, below 0 is blurred. PSNR: in dB."""
+    return {"colour": 255 * (statistics(video) - statistics(truth)).abs().mean(1),
+            "sharp": (sharpness(video).clamp(min=1e-9) / sharpness(truth)).log2(),
+            "psnr": psnr(video, truth)}
+
+
 def measure(video, truth, world, seams):
     """All metrics of one video against the truth, (3, f, H, W) in [-1, 1] each: {name: number}.
 
-    "Drift" compares the last 15 % of the frames with the first 15 %."""
+    "Drift" compares the last 15 % of the frames with the first 15 %. Seam says whether the video moves less
+    evenly where windows meet than elsewhere; a video that flickers everywhere hides its seams. So there is
+    join besides: how unevenly it moves where windows meet, over how the truth does there."""
     video, truth = (video + 1) / 2, (truth + 1) / 2
     n = video.shape[1]
     part = max(1, round(0.15 * n))
     drift = lambda values: (values[-part:].mean() - values[:part].mean()).item()
-    colour = (statistics(video) - statistics(truth)).abs().mean(1)
-    sharp = (sharpness(video).clamp(min=1e-9) / sharpness(truth)).log2()
-    quality = psnr(video, truth)
-    spans = [(a, b) for a, b in ((1, 8), (30, 43), (60, 73), (108, 121)) if b <= n]
+    errors, bends, true_bends = frame_errors(video, truth), second_difference(video), second_difference(truth)
+    at = [f - 1 for f in seams]
+    spans = [(a, b) for a, b in ((1, 8), (30, 43), (60, 73), (108, 121), (228, 241), (468, 481)) if b <= n]
     return {
-        "colour": 255 * drift(colour), "sharp": drift(sharp),
-        "flicker": (second_difference(video).median() / second_difference(truth).median()).item(),
+        "colour": drift(errors["colour"]), "sharp": drift(errors["sharp"]),
+        "flicker": (bends.median() / true_bends.median()).item(),
         "seam": seam_energy(video, seams) / seam_energy(truth, seams) if seams else float("nan"),
+        "join": (bends[at].median() / true_bends[at].median()).item() if seams else float("nan"),
         "speed": speed(video, world), "alive": survival(video[:, -part:], world),
-        **{f"psnr {a}-{b - 1}": quality[a:b].mean().item() for a, b in spans}}
+        **{f"psnr {a}-{b - 1}": errors["psnr"][a:b].mean().item() for a, b in spans}}
 
 
 def interval(values, seed=0):
@@ -638,12 +710,42 @@ def is_written(folder, frames):
     return all(os.path.exists(frame_path(folder, frame)) for frame in frames)
 
 
-def write_ready(args, model, device, store, pictures, pending):
+def match_colours(video, first, share):
+    """A video (3, f, H, W) with mean and deviation of each channel of each frame moved to those of `first`.
+
+    first: (3, 1, H, W). share: how far, 0 leaves it as it is, 1 goes all the way."""
+    mean, deviation = video.mean((2, 3), keepdim=True), video.std((2, 3), keepdim=True).clamp(min=1e-4)
+    matched = (video - mean) / deviation * first.std((2, 3), keepdim=True) + first.mean((2, 3), keepdim=True)
+    return torch.lerp(video, matched, share)
+
+
+def shown(store, frames, smooth):
+    """Latents (4, f, h, w) of those frames as they are decoded: frames in `smooth` from their neighbours.
+
+    These get the cubic through two frames on either side. The network fills like a cubic, but what one window
+    makes left of a frame and another right of it bends there; so the bend is shared by three frames."""
+    latents = store[:, frames]
+    for place, frame in enumerate(frames):
+        if frame in smooth:
+            near = store[:, [frame - 2, frame - 1, frame + 1, frame + 2]]
+            latents[:, place] = (4 * (near[:, 1] + near[:, 2]) - near[:, 0] - near[:, 3]) / 6
+    return latents
+
+
+def decoded(args, model, device, store, frames, smooth=()):
+    """Those frames of a video as pictures (3, f, H, W), with what the run wants done to them afterwards."""
+    decode = lambda latents: model.vae.decode(latents[None].to(device), args.decode_chunk)[0].cpu()
+    video = decode(shown(store, frames, smooth))
+    return match_colours(video, decode(store[:, [0]]), args.match_colours) if args.match_colours else video
+
+
+def write_ready(args, model, device, store, pictures, pending, smooth=()):
     """Decode and write those lists of frames in `pending` whose latents are made, and take them off it.
 
-    pictures: {frame: (3, 1, H, W)}, frames that were given and come back as they were."""
-    for frames in [frames for frames in pending if store.made(frames)]:
-        video = model.vae.decode(store[:, frames][None].to(device), args.decode_chunk)[0].cpu()
+    pictures: {frame: (3, 1, H, W)}, given, come back as they were. smooth: set of frames, see `shown`."""
+    near = lambda frames: sorted({*frames, *(f + i for f in frames if f in smooth for i in (-2, -1, 1, 2))})
+    for frames in [frames for frames in pending if store.made(near(frames))]:
+        video = decoded(args, model, device, store, frames, smooth)
         for place, frame in enumerate(frames):
             pixels = data.to_pixels(pictures.get(frame, video[:, place:place + 1]))[0]
             with data.complete(frame_path(args.out, frame)) as path:
@@ -858,7 +960,8 @@ def sample(args):
     store, chunk = Store(os.path.join(args.out, "latents.safetensors")), args.decode_chunk
     pending = [range(i, min(i + chunk, args.frames)) for i in range(args.known, args.frames, chunk)]
     pending = [frames for frames in pending[rank::world_size] if not is_written(args.out, frames)]
-    write = lambda: write_ready(args, model, device, store, pictures, pending)
+    smooth = smoothed(args, plan)
+    write = lambda: write_ready(args, model, device, store, pictures, pending, smooth)
     contexts = sampler.contexts(prompts)
     sampler.run(plan, [store], contexts, [args.seed], given, borders, write, rank, world_size)
     while pending:
@@ -882,83 +985,221 @@ def finish(args, world, begun):
     print(f"look at {args.out}/sheet.png first, then at the video and drift.png")
 
 
-@torch.no_grad()
-def evaluate(args):
-    """Schedules and baselines against the truth on worlds never trained on, first frame given.
+# ------------------------------------------------------------------------------------------------------------
+# The drift laboratory: schedules, noise levels, lengths and other choices against the truth
+# ------------------------------------------------------------------------------------------------------------
 
-    Prints a table with medians and bootstrap intervals and writes it, a contact sheet and a plot to --out."""
+BASELINES = ("VAE round trip", "copy first frame", "blend true ends")
+COMPARED = ("frames", "schedule", "max_stride", "radius", "global_frames", "steps",        # may be listed
+            "fill_steps", "guidance_scale", "fill_guidance_scale", "guidance_rescale", "aug", "context_noise",
+            "noise_correlation", "fill_start", "history_guidance", "joins", "match_colours")
+
+
+def combinations(args, argv):
+    """{name: arguments} of the cells of an evaluation: every combination of the values that it lists.
+
+    A cell has the name of its values; its arguments are those of the command line with these values."""
+    lists = [item.partition("=")[::2] for item in args.evaluate or ["schedule=ladder,seed"]]
+    for flag, values in lists:
+        if flag not in COMPARED or not values:
+            raise ValueError(f"--evaluate has {flag!r} = {values!r}: expected FLAG=VALUE,VALUE with one of "
+                             f"{', '.join(COMPARED)}")
+    cells = {}
+    for values in product(*(values.split(",") for _, values in lists)):
+        cell = parse([*argv, *(f"--{flag}={value}" for (flag, _), value in zip(lists, values))])
+        if cell.schedule not in STRIDED:
+            cell.max_stride = 16
+        cells[" ".join(values)] = cell
+    return cells
+
+
+def cell_folder(args, name, cell):
+    """Where a cell or baseline is kept: a folder for its length and its values of what --evaluate may list.
+
+    So every evaluation into the same --out finds what others have made, whatever it lists."""
+    if name in BASELINES:
+        return os.path.join(args.out, f"{cell.frames} {name}")
+    settings = {flag: getattr(cell, flag) for flag in COMPARED}
+    folder = os.path.join(args.out, f"{cell.frames} {cell.schedule} {zlib.crc32(str(settings).encode()):08x}")
+    os.makedirs(folder, exist_ok=True)
+    data.write_json(os.path.join(folder, "settings.json"), settings)
+    return folder
+
+
+def claim(args, model):
+    """Write down what all cells in --out have in common. ValueError if those there have something else."""
+    free = {*COMPARED, "out", "device", "worlds", "batch_size", "decode_chunk", "evaluate", "fps", "plan"}
+    about = {name: value for name, value in vars(args).items() if name not in free}
+    about["checksum"] = checksum({f"{part}.{name}": tensor.cpu() for part, network in model.networks().items()
+                                  for name, tensor in network.state_dict().items()})
+    path = os.path.join(args.out, "about.json")
+    old = data.read_json(path) if os.path.exists(path) else about
+    different = [name for name in about if old.get(name) != about[name]]
+    if different:
+        raise ValueError(f"{args.out} holds an evaluation with other {', '.join(different)}: give the same "
+                         "arguments and weights to go on, or another --out folder")
+    os.makedirs(args.out, exist_ok=True)
+    data.write_json(path, about)
+
+
+def baseline(name, truth, model, device, chunk):
+    """What one gets without a model of time, from the truth (3, f, H, W)."""
+    if name == "copy first frame":
+        return truth[:, :1].expand_as(truth)
+    if name == "blend true ends":
+        mix = torch.linspace(0, 1, truth.shape[1])[None, :, None, None]
+        return truth[:, :1] * (1 - mix) + truth[:, -1:] * mix
+    return model.vae.decode(model.vae.encode(truth[None].to(device)), chunk)[0].cpu()
+
+
+def make_cell(folder, cell, plan, worlds, model, sampler):
+    """The stores of one cell, {number: store}, for worlds {number: world}. What is made is not made again."""
+    stores = {}
+    for i, world in worlds.items():
+        path = os.path.join(folder, f"{i:03d}.safetensors")
+        first = model.vae.encode(world.video([0])[None].to(sampler.device))[0].cpu()
+        if not os.path.exists(path):
+            Store.create(path, length(plan, cell.frames), first[:, 0].shape)
+        stores[i] = Store(path)
+        stores[i][:, [0]] = first
+    contexts = sampler.contexts([world.caption() for world in worlds.values()])
+    sampler.run(plan, list(stores.values()), contexts, list(worlds))
+    return stores
+
+
+def measure_cell(folder, name, cell, numbers, model, sampler):
+    """Make and measure those worlds of a cell or baseline that are not measured yet.
+
+    Leaves a file for each: {"row": its metrics, "errors": those of each frame}."""
+    path = lambda i: os.path.join(folder, f"{i:03d}.json")
+    worlds = {i: data.SkyWorld(data.SPLITS[cell.split] + i, model.config.size) for i in numbers
+              if not os.path.exists(path(i))}
+    if not worlds:
+        return
+    os.makedirs(folder, exist_ok=True)
+    plan = frame_plan(cell)[0]
+    seams, smooth, frames = joins(plan, cell.frames), smoothed(cell, plan), range(cell.frames)
+    stores = make_cell(folder, cell, plan, worlds, model, sampler) if name not in BASELINES else {}
+    for i, world in worlds.items():
+        truth = world.video(np.arange(cell.frames))
+        video = (decoded(cell, model, sampler.device, stores[i], frames, smooth) if stores else
+                 baseline(name, truth, model, sampler.device, cell.decode_chunk))
+        errors = frame_errors((video + 1) / 2, (truth + 1) / 2)
+        data.write_whole(path(i), json.dumps({
+            "row": measure(video, truth, world, seams),   # the columns of the table, in order
+            "errors": {key: values.tolist() for key, values in errors.items()}}))
+
+
+@torch.no_grad()
+def evaluate(args, argv):
+    """Choices and baselines against the truth on worlds never trained on, first frame and caption given.
+
+    Writes to --out a table with medians and bootstrap intervals, a contact sheet, plots of the error against
+    the frame; and what each cell made and measured, which is kept."""
     if processes()[1] > 1:
         raise ValueError("--evaluate runs in one process: start it without torchrun")
-    args.out = args.out or os.path.join("out", "evaluate")
-    if os.path.exists(os.path.join(args.out, "table.md")):
-        raise ValueError(f"{args.out} already holds a table: give another --out folder")
+    if args.keyframes or args.loop or args.prompts:
+        raise ValueError("--evaluate starts from the first frame and the caption of test worlds: leave "
+                         "--keyframes, --loop and --prompts away")
+    args.out, cells = args.out or os.path.join("out", "evaluate"), combinations(args, argv)
     model, sampler, device = prepare(args)
-    worlds = [data.SkyWorld(data.SPLITS[args.split] + i, model.config.size) for i in range(args.worlds)]
-    n, latent_of = args.frames, lambda video: model.vae.encode(video[None].to(device)).cpu()
-    truths = [world.video(np.arange(n)) for world in worlds]
-    decode = lambda latents: model.vae.decode(latents[None].to(device), args.decode_chunk)[0].cpu()
-    round_trip = [decode(latent_of(truth)[0]) for truth in truths]
-    mix = torch.linspace(0, 1, n)[None, :, None, None]
-    videos = {"VAE round trip": round_trip,
-              "copy first frame": [truth[:, :1].expand_as(truth) for truth in truths],
-              "blend true ends": [truth[:, :1] * (1 - mix) + truth[:, -1:] * mix for truth in truths]}
-    first = torch.stack([latent_of(truth[:, :1])[0] for truth in truths])
-    contexts = sampler.contexts([world.caption() for world in worlds])
-    stride = lambda name: {} if name == "seed" else {"max_stride": args.max_stride}
-    plans = {name: PLANNERS[name](n, **stride(name)) for name in args.evaluate or ("ladder", "seed")}
-    for name, plan in plans.items():
-        begun = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            room = length(plan, n), first[0, :, 0].shape
-            stores = [Store.create(os.path.join(folder, str(i)), *room) for i in range(len(worlds))]
-            for store, latents in zip(stores, first):
-                store[:, [0]] = latents
-            sampler.run(plan, stores, contexts, list(range(len(worlds))))
-            videos[name] = [decode(store[:, range(n)]) for store in stores]
-        print(f"{name}: {(time.time() - begun) / len(worlds):.1f} s per video")
-    seams = {name: joins(plans.get(name) or PLANNERS["ladder"](n), n) for name in videos}
-    rows = {name: [measure(v, truth, world, seams[name]) for v, truth, world in zip(made, truths, worlds)]
-            for name, made in videos.items()}
-    write_table(args, rows)
-    os.makedirs(args.out, exist_ok=True)
-    shown = np.linspace(0, n - 1, 16).round().astype(int)
-    compared = {"truth": truths, **{name: videos[name] for name in plans}}
-    few = range(min(4, len(worlds)))
-    strips = [data.to_pixels(made[i][:, shown]) for i in few for made in compared.values()]
-    labels = [f"world {i}: {name}" for i in few for name in compared]
+    claim(args, model)
+    by_length = {}   # {frames: {name: arguments}}, baselines first
+    for name, cell in cells.items():
+        by_length.setdefault(cell.frames, {one: cell for one in BASELINES})[name] = cell
+    rows = [(n, name, cell) for n, row in by_length.items() for name, cell in row.items()]
+    for start in range(0, args.worlds, args.batch_size):   # all cells of some worlds, then of the next
+        numbers = range(start, min(start + args.batch_size, args.worlds))
+        for n, name, cell in rows:
+            begun, one = time.time(), Sampler(model, cell, device, sampler.layers)
+            measure_cell(cell_folder(args, name, cell), name, cell, numbers, model, one)
+            print(f"worlds {numbers[0]} to {numbers[-1]}, {n} frames, {name}: {time.time() - begun:.0f} s")
+    measured = {n: {} for n in by_length}
+    for n, name, cell in rows:
+        paths = [os.path.join(cell_folder(args, name, cell), f"{i:03d}.json") for i in range(args.worlds)]
+        measured[n][name] = [data.read_json(path) for path in paths]
+    write_tables(args, measured)
+    write_curves(args, cells, measured)
+    write_sheet(args, cells, model, device)
+
+
+IDEAL = {"sharp": 0, "flicker": 1, "seam": 1, "join": 1, "speed": 1, "alive": 1}
+
+
+def farther(name, value, other):
+    """How much farther from the truth a metric is than another value of it; below 0 it is closer."""
+    if name in IDEAL:
+        return abs(value - IDEAL[name]) - abs(other - IDEAL[name])
+    return value - other if name == "colour" else other - value   # more dB are better
+
+
+def table(title, rows):
+    """A Markdown table of {name: [{metric: number} of each world]}: median [95 % bootstrap interval]."""
+    metrics = list(next(iter(rows.values()))[0])
+    lines = [f"| {title} | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    for name, worlds in rows.items():
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval([row[key] for row in worlds])) for key in metrics]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_tables(args, measured):
+    """Print and write the tables of an evaluation, two for each length.
+
+    The second says how every cell differs from the first, world by world: worlds differ more than cells."""
+    parts = [f"{args.worlds} {args.split} worlds, {args.steps} and {args.fill_steps} steps, guidance "
+             f"{args.guidance_scale:g} and {args.fill_guidance_scale:g}, --aug {args.aug} --context_noise "
+             f"{args.context_noise} unless the name of a row says otherwise: median [95 % interval]"]
+    for n, results in measured.items():
+        rows = {name: [result["row"] for result in worlds] for name, worlds in results.items()}
+        parts.append(table(f"{n} frames", rows))
+        reference, *others = [name for name in rows if name not in BASELINES]
+        beside = {name: [{key: farther(key, row[key], first[key]) for key in row}
+                         for row, first in zip(rows[name], rows[reference])] for name in others}
+        if beside:
+            parts.append(table(f"farther from the truth than {reference} (below 0: closer)", beside))
+    print("\n\n".join(parts))
+    data.write_whole(os.path.join(args.out, "table.md"), "\n\n".join(parts) + "\n")
+
+
+def write_curves(args, cells, measured):
+    """Plots drift_*.png: error against the frame, mean over the worlds, a curve for each cell."""
+    for key, title in {"colour": "colour error of 255", "sharp": "sharpness less that of the truth in bits",
+                       "psnr": "PSNR in dB"}.items():
+        curves = {}
+        for name, cell in cells.items():
+            errors = [result["errors"][key][1:] for result in measured[cell.frames][name]]   # 0 is given
+            curves[name] = list(enumerate(np.mean(errors, axis=0).tolist(), 2))
+        data.line_plot(os.path.join(args.out, f"drift_{key}.png"), curves,
+                       f"{title}, mean over the worlds, against the frame")
+
+
+def write_sheet(args, cells, model, device):
+    """sheet.png: 16 frames of each of the first worlds, the truth above what the cells made."""
+    strips, labels = [], []
+    for i in range(min(4, args.worlds)):
+        world, last = data.SkyWorld(data.SPLITS[args.split] + i, model.config.size), None
+        for name, cell in sorted(cells.items(), key=lambda item: item[1].frames):
+            frames = np.linspace(0, cell.frames - 1, 16).round().astype(int)
+            if cell.frames != last:
+                last = cell.frames
+                strips.append(data.to_pixels(world.video(frames)))
+                labels.append(f"world {i}: truth, {last} frames")
+            store = Store(os.path.join(cell_folder(args, name, cell), f"{i:03d}.safetensors"))
+            smooth = smoothed(cell, frame_plan(cell)[0])
+            strips.append(data.to_pixels(decoded(cell, model, device, store, frames.tolist(), smooth)))
+            labels.append(f"world {i}: {name}")
     data.contact_sheet(strips, 1, labels).save(os.path.join(args.out, "sheet.png"))
-    error = lambda v, t: 255 * (statistics((v + 1) / 2) - statistics((t + 1) / 2)).abs().mean(1)  # (f,)
-    mean_error = lambda made: torch.stack([error(v, t) for v, t in zip(made, truths)]).mean(0)
-    curves = {name: list(enumerate(mean_error(made).tolist(), 1)) for name, made in videos.items()}
-    data.line_plot(os.path.join(args.out, "drift.png"), curves,
-                   "colour error of 255 against the frame, mean over the worlds")
-
-
-def write_table(args, rows):
-    """Print and write the table of an evaluation: median [95 % bootstrap interval] of each metric."""
-    names = list(next(iter(rows.values()))[0])
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row, measured in rows.items():
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval([m[name] for m in measured])) for name in names]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    settings = (f"{args.worlds} {args.split} worlds, {args.frames} frames, {args.steps} and "
-                f"{args.fill_steps} steps, guidance {args.guidance_scale:g} and "
-                f"{args.fill_guidance_scale:g}, --aug {args.aug} --context_noise {args.context_noise}: "
-                "median [95 % interval]")
-    table = "\n".join([settings, "", *lines])
-    print(table)
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "table.md"), "w") as file:
-        file.write(table + "\n")
 
 
 def main(argv=None):
     """The command line of sample.py."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.plan:
         print_plan(frame_plan(args)[0], args)
     elif args.evaluate is not None:
-        evaluate(args)
+        evaluate(args, argv)
     else:
         sample(args)
 

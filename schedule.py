@@ -28,6 +28,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 STAGES = ("starter", "extrap", "interp")
@@ -112,11 +113,13 @@ def by_frame(items, flag) -> dict:
 
 # --- the planners -----------------------------------------------------------------------------------------
 
-def seed(n_frames: int) -> list[Window]:
+def seed(n_frames: int, context: str = "dense") -> list[Window]:
     """The blog's plan from frame 0: a start of 7 frames, then loops of one stride 4 extrap and three fills.
 
     Each loop adds 12 frames, so up to 11 frames at the end of the plan are padding (n_frames and beyond):
-    make them like the others, then trim. ValueError if n_frames < 1."""
+    make them like the others, then trim. context: what a fill sees before its gap, the frame just before
+    (dense, as published) or the key before (key), so that fills wait for keys only. ValueError if
+    n_frames < 1."""
     user_frames(n_frames, (0,))   # for its check
     steps = [((0,), range(1, min(n_frames, 7)))] if n_frames > 1 else []
     for last in range(6, n_frames - 1, 12):
@@ -124,7 +127,8 @@ def seed(n_frames: int) -> list[Window]:
         steps.append(((0, 1, last - 4, last), (last + 4, last + 8, last + 12)))
         for a in (last, last + 4, last + 8):
             # a - 1 was written by the previous fill: this one detail chains all fills of the video.
-            steps.append(((0, 1, a - 1, a, a + 4), (a + 1, a + 2, a + 3)))
+            before = (a - 1,) if context == "dense" else (a - 4,) if a > 6 else ()
+            steps.append(((0, 1, *before, a, a + 4), (a + 1, a + 2, a + 3)))
     return build(steps)
 
 
@@ -236,13 +240,17 @@ def cut(plan, borders) -> list[Window]:
 
 
 PLANNERS = {"ladder": ladder, "seed": seed, "joint": joint}
+# the same with one choice made otherwise, to compare; no training window is drawn from these
+VARIANTS = {"ladder_plain": partial(ladder, red_black=False), "seed_key": partial(seed, context="key")}
+SCHEDULES = PLANNERS | VARIANTS
 
 
-def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Window]:
+def training_windows(stage, n_frames, planners=("ladder", "seed"), max_stride=16) -> list[Window]:
     """The distinct windows that sampling a video of n_frames asks for: what a model is to be trained on.
 
     n_frames may be several lengths; clips must be as long as the longest. stage is starter, extrap,
-    interp, or video for all three. The ladder is asked twice, for the first frame and for first and last.
+    interp, or video for all three. The ladder, whose keys are up to max_stride apart, is asked twice, for the
+    first frame and for first and last.
     Windows that differ only by a shift of all their frames count once: inner fills are few, but each
     distance to a far anchor is there. Windows beyond range(n_frames) are left out, for a clip of n_frames
     cannot show the seed's padding; and deps are emptied, for the list is not a plan. ValueError for an
@@ -250,9 +258,10 @@ def training_windows(stage, n_frames, planners=("ladder", "seed")) -> list[Windo
     if stage not in (*STAGES, "video"):
         raise ValueError(f"unknown stage {stage!r}: choose starter, extrap, interp or video")
     lengths = (n_frames,) if isinstance(n_frames, int) else tuple(n_frames)
-    windows = [window for n in lengths for name in planners for window in PLANNERS[name](n)]
+    plans = {"ladder": partial(ladder, max_stride=max_stride), "seed": seed}
+    windows = [window for n in lengths for name in planners for window in plans[name](n)]
     if "ladder" in planners:
-        windows += [window for n in lengths for window in ladder(n, given=(0, n - 1))]
+        windows += [window for n in lengths for window in plans["ladder"](n, given=(0, n - 1))]
     distinct = {}
     for window in windows:
         if stage in (window.stage, "video") and window.frames[-1] < max(lengths):
@@ -406,16 +415,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw which frames of a video are made together, and when.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("frames", type=int, help="length of the video; try 17, then 121")
-    parser.add_argument("--schedule", choices=list(PLANNERS), default="ladder", help="try seed, to compare")
+    parser.add_argument("--schedule", choices=list(SCHEDULES), default="ladder", help="try seed, to compare")
     parser.add_argument("--max_stride", type=int, default=argparse.SUPPRESS,
                         help="most frames from key to key, not for the seed; 64 makes long videos less "
                              "deep, but needs training clips of 385 frames instead of 97 (default: 16)")
     args = parser.parse_args(argv)
     extra = {"max_stride": args.max_stride} if "max_stride" in args else {}
-    if extra and args.schedule == "seed":
-        raise SystemExit("--max_stride is for ladder and joint, found --schedule seed: drop one")
+    if extra and args.schedule.startswith("seed"):
+        raise SystemExit(f"--max_stride is for ladder and joint, found --schedule {args.schedule}: drop one")
     try:
-        plan = PLANNERS[args.schedule](args.frames, **extra)
+        plan = SCHEDULES[args.schedule](args.frames, **extra)
     except ValueError as error:
         raise SystemExit(str(error))
     print(show(plan, args.frames))

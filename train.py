@@ -4,6 +4,7 @@
     python train.py --stage interp --resume auto    go on where the last run of this stage stopped
     python train.py --stage interp --data DIR       on your own clips, prepared and encoded by data.py
     torchrun --standalone --nproc_per_node=2 train.py --stage interp     two processes, half a batch each
+    python train.py --stage interp --preset sd15 --dry_run --vram 12      does it fit, and if not, what to add
 
 The tiny model from nothing, in this order (README.md has the times and what to expect):
 
@@ -24,25 +25,32 @@ import os
 import sys
 import time
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from tqdm import tqdm
 
 import data
+from convert_sd_weights import lora_tensors, merge_lora
 from diffusion import T, NoiseSchedule, ddim_sample, ddim_timesteps, min_snr_weight
-from model import (PRESETS, TINY_WEIGHTS, Model, choose_device, fill, is_temporal, load_weights, processes,
-                   read_weights, save_weights)
+from model import (PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, add_lora, choose_device, fill, is_temporal,
+                   keep_activations, load_weights, processes, read_weights, save_memory, save_weights)
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
 DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (5000, 6, 2e-3, 768),
             "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
+SD15_DEFAULTS = (20_000, 1, 1e-4, 0)              # of its video stages: a place to start from, not measured
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
 
@@ -73,9 +81,14 @@ def parse(argv):
                    "better and slower to prepare; default 4096 for image, 768 for video, else about 100")
     p.add_argument("--frames", type=int, default=121,
                    help="length of the training clips: windows of plans for so many frames")
+    p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key in windows of the "
+                   "ladder; with 64 and --frames 481 or more, sample.py can use --max_stride 64")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
                    "that a plan would have made; 0 trains without noise augmentation, and long videos then "
                    "fall apart")
+    p.add_argument("--error_bank", type=float, default=0.0, metavar="SHARE", help="of windows that lead on, "
+                   "show so many with errors on their given frames that the network itself has made; 0: off, "
+                   "0.5 is usual, for a finished model (--temporal) and a small --learning_rate")
     p.add_argument("--caption_dropout", type=float, default=0.1,
                    help="share of examples without a caption, for guidance")
     # optimisation
@@ -93,13 +106,30 @@ def parse(argv):
                    help="min-SNR loss weights, 5 is usual; 0: every level counts alike")
     p.add_argument("--ema_decay", type=float, default=0.998,
                    help="of the averaged weights, which are what is kept; 0: no average")
-    p.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"),
-                   help="fp16 only on a GPU; bf16 does not pay for the tiny preset")
-    p.add_argument("--gradient_checkpointing", type=int, default=0, metavar="K", help="recompute every K-th "
-                   "stage of the UNet instead of storing it: 1 saves the most memory and costs about a third "
-                   "more time; 0: off")
+    p.add_argument("--mixed_precision", choices=("no", "fp16", "bf16", "auto"),
+                   help="fp16 only on a GPU; bf16 does not pay for the tiny preset; auto is bf16 where the "
+                   "device really has it, else fp16. In the video stages the frozen layers are then stored "
+                   "in it too. Default: no for tiny, auto for sd15")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    # memory: README.md has what each saves and what it costs
+    p.add_argument("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th "
+                   "stage of the UNet instead of storing it: 1 saves the most memory and costs about a third "
+                   "more time; 0: off. Default: 0 for tiny, 1 for sd15")
+    p.add_argument("--lean", action=argparse.BooleanOptionalAction, default=True, help="frozen convs keep "
+                   "nothing for the backward pass, which needs only their weights; costs no time")
+    p.add_argument("--recompute", action="store_true", help="compute norms and activations of the image "
+                   "model twice instead of storing them: for runs without --gradient_checkpointing")
+    p.add_argument("--optimizer_on_cpu", action="store_true", help="gradients, optimizer state and averaged "
+                   "weights live on the CPU, which makes the update")
+    p.add_argument("--offload_activations", action="store_true", help="what is stored for the backward pass "
+                   "waits on the CPU")
+    p.add_argument("--activations_8bit", action="store_true", help="what is stored for the backward pass is "
+                   "stored in 8 bit; gradients are then good to about a percent")
+    p.add_argument("--backbone_8bit", action="store_true", help="frozen layers are stored in 8 bit, and "
+                   "unpacked whenever they are used")
+    p.add_argument("--lora_rank", type=int, default=0, metavar="R", help="train the spatial attentions too, "
+                   "by a LoRA of this rank in a file of its own, for sample.py --lora; 0: none")
     # speed, and several processes: torchrun starts them, and --batch_size is what they share
     p.add_argument("--compile", action="store_true", help="torch.compile every stage of the UNet by itself; "
                    "pays after minutes, and needs a C++ compiler on the CPU")
@@ -115,9 +145,14 @@ def parse(argv):
                    help="steps between contact sheets; 0: only at the end")
     p.add_argument("--save_every", type=int, default=250)
     p.add_argument("--dry_run", action="store_true",
-                   help="print what would be trained, touch nothing, and stop")
+                   help="print what would be trained and the memory it would take, touch nothing, and stop")
+    p.add_argument("--vram", type=float, metavar="GB", help="with --dry_run: does it fit on a GPU with so "
+                   "much memory, and which flags to add if not")
     args = p.parse_args(argv)
-    for name, value in zip(("max_steps", "batch_size", "learning_rate", "worlds"), DEFAULTS[args.stage]):
+    names, sd15 = ("max_steps", "batch_size", "learning_rate", "worlds"), args.preset == "sd15"
+    defaults = dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage]))
+    defaults |= {"gradient_checkpointing": int(sd15), "mixed_precision": "auto" if sd15 else "no"}
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or os.path.join("out", args.stage)
@@ -125,8 +160,14 @@ def parse(argv):
     if args.data and args.stage not in VIDEO_STAGES:
         raise ValueError(f"--data is for the stages {', '.join(VIDEO_STAGES)}, found --stage {args.stage}: "
                          "leave --data away")
+    if args.error_bank and args.stage not in VIDEO_STAGES:
+        raise ValueError(f"--error_bank is for the stages {', '.join(VIDEO_STAGES)}, found --stage "
+                         f"{args.stage}: leave it away")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give it as --data")
+    if args.lora_rank and args.stage not in VIDEO_STAGES:
+        raise ValueError(f"--lora_rank is for the stages {', '.join(VIDEO_STAGES)}, where the image model is "
+                         f"frozen, found --stage {args.stage}: leave it away")
     if args.weights is None and args.stage != "vae":
         args.weights = TINY_WEIGHTS
     return args
@@ -148,7 +189,7 @@ def trainable_parameters(model, stage):
     if stage == "vae":
         return {f"vae.{name}": p for name, p in model.vae.named_parameters()}
     unet = {f"unet.{name}": p for name, p in model.unet.named_parameters()
-            if is_temporal(name) == (stage in VIDEO_STAGES)}
+            if (is_temporal(name) or ".lora." in name) == (stage in VIDEO_STAGES)}
     text = {f"text.{name}": p for name, p in model.text.named_parameters()} if stage == "image" else {}
     return unet | text
 
@@ -173,12 +214,16 @@ def prepare_data(args, model, split, device):
         print(f"{len(clips.names)} clips of {args.data} to {'train' if split == 'train' else 'validate'} on")
         if split == "train":
             args.data_hash = clips.key   # goes into the checkpoint: what is drawn from must not change
-        shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
+        shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())), args.max_stride)
         return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
+    if args.preset == "sd15":
+        raise ValueError("--preset sd15 trains on latents that are there: encode your clips with data.py "
+                         "--cache, and give the folder as --data")
     few = args.worlds if split == "train" else min(16, args.worlds)
     worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
     frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
-    name = f"{'image' if args.stage == 'image' else 'video'}_{split}_{few}.safetensors"
+    kind = "image" if args.stage == "image" else f"video{args.frames}"
+    name = f"{kind}_{split}_{few}.safetensors"
     cache = os.path.join(os.path.dirname(args.out) or ".", "cache", name)
     encode = torch.no_grad()(lambda video: model.vae.encode(video.to(device)).cpu())
     clips = data.sky_clips(cache, encode, worlds, frames, model.config.size, key=fingerprint(model.vae))
@@ -190,13 +235,43 @@ def prepare_data(args, model, split, device):
             return {"latents": latents[:, :, None], "captions": captions, "given": none, "user": none,
                     "frames": none.long()}
         return image_batch
-    shapes = data.window_shapes(args.stage, args.frames)
+    shapes = data.window_shapes(args.stage, args.frames, args.max_stride)
     return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
 
 
 def fingerprint(network):
     """A number that changes with the weights of a network: a latent cache is only as good as its VAE."""
     return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.6f}"
+
+
+class ErrorBank:
+    """Errors that the network has made on new frames, to be put on given ones (2510.09212, error recycling).
+
+    In training given frames are true, in sampling they are the model's own. So a share of the windows that
+    lead on is shown with such an error on all frames that a plan would have made, and must come back to the
+    truth. Not windows that fill: they shall go on with what they are given, or they would show seams.
+
+    errors: (n, c, h, w) float16 on the CPU, the last 1024 frames; part of the checkpoint."""
+
+    def __init__(self, share):
+        self.share, self.errors = share, None
+
+    def spoil(self, x0, given, user, generator):
+        """Latents (b, c, f, h, w) with an error of the bank, or none, on the given frames of each window."""
+        hit = torch.rand(len(x0), generator=generator) < self.share
+        if self.errors is None:
+            return x0
+        drawn = self.errors[torch.randint(len(self.errors), (len(x0),), generator=generator)].float()
+        error = (drawn * hit[:, None, None, None]).to(x0.device)[:, :, None]
+        where = given & ~user & ~given[:, -1:]                                                        # (b, f)
+        return x0 + error * where[:, None, :, None, None]
+
+    @torch.no_grad()
+    def add(self, error, given):
+        """Keep the errors (b, c, f, h, w) of the new frames of windows that lead on."""
+        new = ~given & ~given[:, -1:]
+        fresh = error.transpose(1, 2)[new].half().cpu()
+        self.errors = torch.cat([*([] if self.errors is None else [self.errors]), fresh])[-1024:]
 
 
 def random_levels(batch, generator, args):
@@ -209,10 +284,11 @@ def random_levels(batch, generator, args):
     return t_new, torch.where(torch.rand(b, generator=generator) < 0.2, 0, t_aug)
 
 
-def add_noise(model, batch, seed, args):
-    """A training batch with all that is random about it, a function of `seed` alone.
+def add_noise(model, batch, seed, args, bank=None):
+    """A training batch with all that is random about it, a function of `seed` alone, and of an ErrorBank.
 
-    That is eps, and but for the VAE levels t_new and t_aug (b,) and which captions are dropped."""
+    That is eps, and but for the VAE levels t_new and t_aug (b,) and which captions are dropped; with a bank,
+    latents `shown` that have its errors."""
     generator = torch.Generator().manual_seed(seed)
     if args.stage == "vae":
         b, _, H, W = batch["images"].shape
@@ -222,6 +298,8 @@ def add_noise(model, batch, seed, args):
     dropped = torch.rand(len(t_new), generator=generator) < args.caption_dropout
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
     eps = torch.randn(batch["latents"].shape, generator=generator)
+    if bank:
+        batch = batch | {"shown": bank.spoil(batch["latents"], batch["given"], batch["user"], generator)}
     return batch | {"t_new": t_new, "t_aug": t_aug, "captions": captions, "eps": eps}
 
 
@@ -229,33 +307,37 @@ def embed(model, batch, captions):
     """Text embeddings (b, 77, d) of captions: from the batch if it brings them, but for dropped captions."""
     if "contexts" not in batch:
         return model.context(captions)
-    dropped = torch.tensor([caption == "" for caption in captions], device=batch["contexts"].device)
+    device = batch["contexts"].device
+    dropped = torch.tensor([caption == "" for caption in captions], device=device)
     if not dropped.any():
         return batch["contexts"]
-    return torch.where(dropped[:, None, None], model.context([""]), batch["contexts"])
+    return torch.where(dropped[:, None, None], model.context([""]).to(device), batch["contexts"])
 
 
 def noised(schedule, batch):
     """What the UNet is shown of a batch: x_t like batch["latents"], and the levels t (b, f).
 
     Every frame has its own: t_new where it is made, t_aug where it is given, 0 where the user gave it."""
-    x0, given = batch["latents"], batch["given"]
+    shown, given = batch.get("shown", batch["latents"]), batch["given"]
     t = torch.where(given, batch["t_aug"][:, None], batch["t_new"][:, None])
     t = torch.where(batch["user"], 0, t)                                          # (b, f)
-    x_t = schedule.q_sample(x0, t, batch["eps"])
-    return torch.where((given & (t == 0))[:, None, :, None, None], x0, x_t), t    # level 0: really clean
+    x_t = schedule.q_sample(shown, t, batch["eps"])
+    return torch.where((given & (t == 0))[:, None, :, None, None], shown, x_t), t   # level 0: really clean
 
 
-def diffusion_errors(unet, schedule, batch, args):
+def diffusion_errors(unet, schedule, batch, args, bank=None):
     """Errors of the UNet's answer, and of its guess at the clean frames: (b, c, f, h, w), 0 on given frames.
 
-    `unet`: a function called like it. A single frame has no neighbours to guess from: None."""
+    `unet`: a function called like it. A single frame has no neighbours to guess from: None. bank: an
+    ErrorBank to fill."""
     x0, given, context = batch["latents"], batch["given"], batch["context"]
     x_t, t = noised(schedule, batch)
     target, new = schedule.target(x0, t, batch["eps"]), ~given[:, None, :, None, None]
     if args.stage not in VIDEO_STAGES:
         return (unet(x_t, t, context, temporal=False).float() - target) * new, None
     output, guess = unet(x_t, t, context, batch["frames"], given, with_guess=True)
+    if bank:
+        bank.add(schedule.to_x0(x_t, t, output.detach().float()) - x0, given)
     return (output.float() - target) * new, (guess.float() - x0) * new
 
 
@@ -310,29 +392,29 @@ def take(batch, share):
     return {key: value[part * size:(part + 1) * size] for key, value in batch.items()}
 
 
-def prepare_batch(model, batch, seed, args, device, share=(0, 1)):
+def prepare_batch(model, batch, seed, args, device, share=(0, 1), bank=None):
     """A drawn batch as the loss needs it, tensors (b, ...) on the device: noise added, captions embedded.
 
     Of several processes each makes the noise of all, a function of `seed` alone, and keeps its share."""
-    batch = to_device(take(add_noise(model, batch, seed, args), share), device)
+    batch = to_device(take(add_noise(model, batch, seed, args, bank), share), device)
     if args.stage != "vae":
         batch["context"] = embed(model, batch, batch.pop("captions"))
     return batch
 
 
-def training_loss(model, schedule, batch, args):
+def training_loss(model, schedule, batch, args, bank=None):
     """What to descend on for a batch of `prepare_batch`, and its loss, two scalars."""
     if args.stage == "vae":
         loss = vae_loss(model, batch["images"], batch["eps"]).mean()
         return loss, loss
-    return denoising_loss(model.unet, schedule, batch, args)
+    return denoising_loss(model.unet, schedule, batch, args, bank)
 
 
-def denoising_loss(unet, schedule, batch, args):
+def denoising_loss(unet, schedule, batch, args, bank=None):
     """The same where noise is taken off by a function called like the UNet.
 
     Video stages go by relative errors, that of the guess beside that of the answer."""
-    error, guess_error = diffusion_errors(unet, schedule, batch, args)
+    error, guess_error = diffusion_errors(unet, schedule, batch, args, bank)
     weight = min_snr_weight(schedule, batch["t_new"], args.snr_gamma) if args.snr_gamma else 1
     loss = weight * mean_square(error, batch["given"])
     descend = loss
@@ -361,7 +443,9 @@ def validation_loss(model, schedule, batches, args, device, levels=LEVELS):
             batch["context"] = embed(model, batch, batch["captions"])
             batch["t_new"] = torch.full((len(eps),), level, device=device)
             batch["t_aug"] = torch.full((len(eps),), min(20, args.aug_max), device=device)
-            losses.append(mean_square(diffusion_errors(model.unet, schedule, batch, args)[0], batch["given"]))
+            with computing(args, device):
+                error, _ = diffusion_errors(model.unet, schedule, batch, args)
+            losses.append(mean_square(error, batch["given"]))
         by_level.append(torch.cat(losses).mean())
     by_level = torch.stack(by_level)
     return by_level.mean().item(), by_level.view(4, -1).mean(1).tolist()
@@ -409,6 +493,12 @@ def batch_parts(args, world):
             (apart and args.stage not in VIDEO_STAGES, "--shard and --pipeline are for the stages "
              f"{', '.join(VIDEO_STAGES)}, found {args.stage}: leave them away"),
             (apart and args.mixed_precision == "fp16", "--shard and --pipeline have no fp16: take bf16"),
+            (args.error_bank and world > 1, "--error_bank is filled and drawn from by one process, found "
+             f"{world}: start it without torchrun, or leave it away"),
+            (world > 1 and args.optimizer_on_cpu, "--optimizer_on_cpu is for one process: leave it away, "
+             "--shard saves the same memory"),
+            (apart and (args.backbone_8bit or args.lora_rank), "--shard and --pipeline go with neither "
+             "--backbone_8bit nor --lora_rank: leave these away"),
             (args.score and world > 1, "--score runs in one process: start it without torchrun"),
             (args.pipeline and world % 2, f"--pipeline takes pairs of processes, found {world}: add one"),
             (size % max(1, parts), f"--batch_size {size} cannot be shared by {parts}: give a multiple"),
@@ -497,7 +587,7 @@ class Half(nn.Module):
             return self.unet.decode(x, t, context, window._replace(emb=learned[0]), *learned[1:])
 
         x_t, t = noised(self.schedule, batch)
-        with autocast(self.args, self.device):
+        with computing(self.args, self.device):
             window = self.unet.look_around(x_t, t, batch["context"], batch["frames"], batch["given"])
             if self.first:
                 learned = window.emb, *self.unet.encode(x_t, t, batch["context"], window)
@@ -546,17 +636,20 @@ class Pipeline:
             parameter.grad /= self.share[1]
 
 
-def prepare_objective(model, schedule, args, device, rank, world):
+def prepare_objective(model, schedule, args, device, rank, world, bank=None):
     """What is called with a batch and a seed: a loss to go down from, or a `Pipeline`, which goes itself."""
     if args.pipeline:
         return Pipeline(model, schedule, args, device, rank, world)
     def loss(batch, seed):
         """(what to descend on, loss) of this process's share of a batch."""
-        batch = prepare_batch(model, batch, seed, args, device, (rank, world))
-        return training_loss(model, schedule, batch, args)
+        batch = prepare_batch(model, batch, seed, args, device, (rank, world), bank)
+        return training_loss(model, schedule, batch, args, bank)
     if world == 1 or args.shard:
         return loss
-    return DistributedDataParallel(Objective(model.networks(), loss))
+    # those that train, which are on one device: it takes no others
+    training = {name: network for name, network in model.networks().items()
+                if any(parameter.requires_grad for parameter in network.parameters())}
+    return DistributedDataParallel(Objective(training, loss), broadcast_buffers=False)   # they are constants
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -601,18 +694,19 @@ def averaged(ema, parameters, model, spare=None):
         swap(ema, parameters)
 
 
-def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args, rank):
+def save_checkpoint(path, parameters, ema, optimizer, scaler, step, model, args, rank, bank=None):
     """Everything that a run needs to go on exactly, in any number of processes. Complete or not there."""
     state = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "step": step, "rng": torch.get_rng_state(),
-             "preset": model.config.name, "stage": args.stage, "args": vars(args)}
+             "preset": model.config.name, "stage": args.stage, "args": vars(args),
+             "errors": bank and bank.errors}
     state = whole(state)
     if rank == 0:
         with data.complete(path) as unfinished:
             torch.save(state, unfinished)
 
 
-def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
+def load_checkpoint(path, parameters, ema, optimizer, scaler, args, bank=None):
     """Put a run back where it was saved; returns its step. ValueError when the file is of another run."""
     if not os.path.exists(path):
         raise ValueError(f"no checkpoint at {path} to resume from: leave --resume away to start anew, "
@@ -624,10 +718,11 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
                              f"{getattr(args, name)}: resume with the same {name}, or start anew in another "
                              "--out folder")
     # what decides the batches and the learning rate must not change in the middle of a run
+    old = {"max_stride": 16, "error_bank": 0.0} | state["args"]   # what older checkpoints do not say
     for name in ("max_steps", "batch_size", "learning_rate", "seed", "worlds", "frames", "aug_max",
-                 "weights"):
-        if state["args"][name] != getattr(args, name):
-            raise ValueError(f"{path} was trained with --{name} {state['args'][name]}, now it is "
+                 "weights", "max_stride", "error_bank"):
+        if old[name] != getattr(args, name):
+            raise ValueError(f"{path} was trained with --{name} {old[name]}, now it is "
                              f"{getattr(args, name)}: give the old value to go on exactly, or start anew in "
                              "another --out folder")
     before = state["args"].get("data_hash")   # a checkpoint from before there was --data has none
@@ -647,15 +742,17 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args):
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
+    if bank:
+        bank.errors = state["errors"]
     return state["step"]
 
 
-def start_or_resume(path, parameters, ema, optimizer, scaler, args, rank):
+def start_or_resume(path, parameters, ema, optimizer, scaler, args, rank, bank=None):
     """Go on from a checkpoint if asked to, `path` for --resume auto. Rank 0 writes args.json; the step."""
     step = 0
     if args.resume:
         path = path if args.resume == "auto" else args.resume
-        step = load_checkpoint(path, parameters, ema, optimizer, scaler, args)
+        step = load_checkpoint(path, parameters, ema, optimizer, scaler, args, bank)
         print(f"resumed {path} at step {step}")
     if rank == 0:
         with open(os.path.join(args.out, "args.json"), "w") as file:
@@ -713,17 +810,19 @@ def sample_sheet(path, model, schedule, batch, args, device):
         truth = batch["images"][:8, :, None]
         made = model.vae.pictures(model.vae.moments(batch["images"][:8])[0])[:, :, None]
     else:
-        n = 16 if args.stage == "image" else 5
+        n = 16 if args.stage == "image" else 5 if args.preset == "tiny" else 1   # VAE of sd15: on the CPU
         batch = {key: value[:n] for key, value in batch.items()}
         x0, given = batch["latents"], batch["given"]
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        context = model.context(batch["captions"])
+        context = embed(model, batch, batch["captions"])
         temporal = args.stage in VIDEO_STAGES
         say = lambda x, t: model.unet(x, t, context, batch["frames"], given, temporal=temporal)
         x = torch.where(given[:, None, :, None, None], x0, noise)
         levels = ddim_timesteps(20 if args.stage == "image" else 8) + [-1]
-        x = ddim_sample(schedule, say, x, torch.zeros_like(given).long(), ~given, levels)
-        truth, made = model.vae.decode(x0), model.vae.decode(x)
+        with computing(args, device):
+            x = ddim_sample(schedule, say, x, torch.zeros_like(given).long(), ~given, levels)
+        home = next(model.vae.parameters()).device
+        truth, made = model.vae.decode(x0.to(home)), model.vae.decode(x.float().to(home))
     rows = [data.to_pixels(video) for pair in zip(truth, made) for video in pair]
     if truth.shape[2] == 1:  # single pictures: side by side
         rows = [data.to_pixels(part[:, :, 0].transpose(0, 1)) for part in (*truth.split(8), *made.split(8))]
@@ -753,20 +852,188 @@ def prepare_model(args):
         fresh = Model.build(model.config).unet.state_dict()
         loaded = model.unet.state_dict()
         model.unet.load_state_dict({k: fresh[k] if is_temporal(k) else v for k, v in loaded.items()})
+    if args.lora_rank:
+        add_lora(model.unet, args.lora_rank)
     return model
 
 
 def prepare_optimizer(trainable, args, device):
     """AdamW on what is trained, and the scaler that keeps small gradients from vanishing in fp16."""
     optimizer = torch.optim.AdamW(trainable.values(), lr=args.learning_rate, betas=(0.9, 0.99),
-                                  weight_decay=args.weight_decay)
-    return optimizer, torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+                                  weight_decay=args.weight_decay,
+                                  fused=next(iter(trainable.values())).is_cuda or None)   # needs no scratch
+    return optimizer, torch.amp.GradScaler(device.type, init_scale=512.0, growth_interval=2000,
+                                           enabled=args.mixed_precision == "fp16")
 
 
-def autocast(args, device):
-    """Inside this, what can be is computed in the half precision of --mixed_precision."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    return torch.autocast(device.type, dtype, enabled=args.mixed_precision != "no")
+# ------------------------------------------------------------------------------------------------------------
+# Memory: what the flags do, and how much it will be
+# ------------------------------------------------------------------------------------------------------------
+
+def choose_precision(asked, device):
+    """"no", "fp16" or "bf16", which is only taken where it is not emulated."""
+    if asked not in ("auto", "bf16"):
+        return asked
+    real = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+        device.type == "cpu")
+    if asked == "bf16" and not real:
+        print(f"bf16 is only emulated on {device}: taking fp16")
+    return "bf16" if real else "fp16"
+
+
+def make_smaller(model, args):
+    """Store the frozen part of a UNet, and what it keeps for the backward pass, as the flags say."""
+    unet, dtype = model.unet, DTYPES[args.mixed_precision]
+    if args.stage in VIDEO_STAGES:
+        for parameter in unet.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    unet.checkpoint_every = args.gradient_checkpointing
+    # torch.compile decides for itself what to keep, and cannot look into layers that decide
+    save_memory(unet, args.recompute, args.lean and not args.compile, args.backbone_8bit)
+
+
+@contextmanager
+def computing(args, device, home="cpu"):
+    """Inside this the networks compute in half precision and keep activations as the flags say.
+
+    Validation too, where frozen layers are in half precision. home: where activations are offloaded to."""
+    dtype = DTYPES[args.mixed_precision]
+    half = dtype != torch.float32 and (args.stage in VIDEO_STAGES or torch.is_grad_enabled())
+    smaller = args.activations_8bit or args.offload_activations
+    with torch.autocast(device.type, dtype if half else None, enabled=half):
+        with keep_activations(args.activations_8bit, home if args.offload_activations else None,
+                              dtype) if smaller else nullcontext():
+            yield
+
+
+def hand_over(trainable, home="cpu"):
+    """Copies of the trained parameters on the CPU, for the optimizer: {name: parameter}.
+
+    A gradient goes there, and is added up there, as soon as the backward pass has made it."""
+    masters = {name: nn.Parameter(p.detach().to(home, copy=True)) for name, p in trainable.items()}
+    for name, parameter in trainable.items():
+        def take_gradient(parameter, master=masters[name]):
+            gradient, parameter.grad = parameter.grad.to(home), None
+            master.grad = gradient if master.grad is None else master.grad + gradient
+        parameter.register_post_accumulate_grad_hook(take_gradient)
+    return masters
+
+
+@torch.no_grad()
+def give_back(masters, trainable):
+    """The network takes over what the optimizer has made of the copies, if they are copies."""
+    for name, parameter in trainable.items():
+        if masters[name] is not parameter:
+            parameter.copy_(masters[name])
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Bytes of the tensors made while it is on and still alive, `known` ones aside; works on fake ones too.
+
+    At the moment when they were most: `peak`, and how much of it were the gradients of `trained`."""
+    def __init__(self, known, trained):
+        super().__init__()
+        self.trained, self.live, self.peak, self.gradients = trained, 0, 0, 0
+        self.sizes = weakref.WeakKeyDictionary({t.untyped_storage(): 0 for t in known})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":     # meta: on the CPU
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage):
+        if storage in self.sizes:                                                     # a view, or in place
+            return
+        self.sizes[storage] = size = storage.nbytes()
+        weakref.finalize(storage, self.free, size)
+        self.live += size
+        if self.live > self.peak:
+            self.peak = self.live
+            self.gradients = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
+
+    def free(self, size):
+        self.live -= size
+
+
+def fake_batch(args, config, f, size=None):
+    """A batch as `prepare_batch` returns it, with f frames; only its shapes mean something."""
+    b, size = args.batch_size, size or config.size // config.vae_factor
+    if args.stage == "vae":
+        return {"images": torch.empty(b, 3, config.size, config.size), "eps": torch.empty(b, 4, size, size),
+                "by": [(1, 1)] * b, "share": torch.empty(b - b // 2, 1, 1, 1)}
+    given = torch.zeros(b, f, dtype=torch.bool)
+    return {"latents": torch.empty(b, 4, f, size, size), "eps": torch.empty(b, 4, f, size, size),
+            "frames": given.long(), "given": given, "user": given, "t_new": torch.zeros(b).long(),
+            "t_aug": torch.zeros(b).long(), "context": torch.empty(b, TEXT_TOKENS, config.text_width)}
+
+
+def predict_memory(args, f):
+    """{part: bytes on the device} of a training step on windows of f frames, when they are most.
+
+    The step is really run, by the code that trains, but on tensors that have a shape and no content. Not in
+    it are the driver, what the allocator loses, and scratch memory of the kernels."""
+    config = PRESETS[args.preset]
+    with FakeTensorMode():
+        model = Model.build(config)
+        if args.lora_rank:
+            add_lora(model.unet, args.lora_rank)
+        trainable = freeze_the_rest(model, args.stage)
+        model.unet.train()
+        make_smaller(model, args)
+        if args.optimizer_on_cpu:
+            hand_over(trainable, "meta")
+        there = [model.unet] if args.data or args.preset == "sd15" else model.networks().values()
+        known = [tensor for network in there for tensor in (*network.parameters(), *network.buffers())]
+        schedule = NoiseSchedule(config.prediction, config.zero_terminal_snr)
+        batch = fake_batch(args, config, f)
+        with MemoryMeter(known, trainable.values()) as meter:
+            with computing(args, torch.device("cpu"), "meta"):
+                if args.stage == "image":                           # which trains the text encoder too
+                    batch["context"] = model.context([""] * args.batch_size)
+                descend, _ = training_loss(model, schedule, batch, args)
+            descend.backward()
+    trained = sum(p.nbytes for p in trainable.values())
+    averages = 0 if args.optimizer_on_cpu else 3 * trained      # two of AdamW, and the averaged weights
+    return {"frozen weights": sum(t.nbytes for t in known) - trained, "trained weights": trained,
+            "optimizer and averaged weights": averages, "gradients": meter.gradients,
+            "activations": meter.peak - meter.gradients}
+
+
+# what to add, in this order, when it does not fit: first what costs no time, last what costs exactness
+SAVINGS = (("lean", True), ("gradient_checkpointing", 1), ("optimizer_on_cpu", True),
+           ("offload_activations", True), ("backbone_8bit", True), ("activations_8bit", True))
+RESERVE = 1.0     # GB of a GPU that are not for tensors: driver, fragments, scratch memory
+
+
+def print_prediction(args):
+    """How much memory a run will take, by part; with --vram, what to add if that is too much."""
+    f = 1
+    if args.stage in VIDEO_STAGES:
+        shapes = data.window_shapes(args.stage, args.frames, args.max_stride)
+        f = max(len(window.frames) for windows in shapes for window in windows)
+    parts = predict_memory(args, f)
+    total = lambda parts: sum(parts.values()) / 1e9
+    print(f"memory of a step on {args.batch_size} x {f} frames, {args.mixed_precision}:")
+    for name, size in parts.items():
+        print(f"  {name:31} {size / 1e9:6.2f} GB")
+    if args.vram:
+        wanted, added, left = argparse.Namespace(**vars(args)), [], total(parts)
+        for name, value in SAVINGS:
+            if left <= args.vram - RESERVE:
+                break
+            if getattr(wanted, name) != value:
+                setattr(wanted, name, value)
+                added.append(f"--{name}" if value is True else f"--{name} {value}")
+                left = total(predict_memory(wanted, f))
+        fits = left <= args.vram - RESERVE
+        print(f"{args.vram:g} GB, {RESERVE:g} of them for the driver and fragments: " + (
+            "it fits" if fits and not added else
+            f"it fits with {' '.join(added)}: {left:.1f} GB" if fits else
+            f"it does not fit, with {' '.join(added)} neither: {left:.1f} GB; use a smaller --batch_size"))
+    print(f"predicted peak: {total(parts):.1f} GB")
 
 
 def compile_stages(unet, device):
@@ -832,7 +1099,7 @@ def accumulate(objective, next_batch, step, args, device, scaler):
         # processes exchange gradients once, in the last micro-step
         alone = number + 1 < (step + 1) * n and isinstance(objective, DistributedDataParallel)
         with objective.no_sync() if alone else nullcontext():
-            with part("forward", args, device), autocast(args, device):
+            with part("forward", args, device), computing(args, device):
                 descend, part_loss = objective(batch, seed)
             with part("backward", args, device):
                 scaler.scale(descend / n).backward()
@@ -864,6 +1131,16 @@ def report(model, trainable, args, device, why):
           f"learning rate up to {args.learning_rate:g}, into {args.out}")
 
 
+def dry_run(args, device, why):
+    """Say what would be trained and how much memory it would take, on tensors without content."""
+    with FakeTensorMode():
+        model = Model.build(PRESETS[args.preset])
+        if args.lora_rank:
+            add_lora(model.unet, args.lora_rank)
+        report(model, trainable_parameters(model, args.stage), args, device, why)
+    print_prediction(args)
+
+
 def check_out(args):
     """Refuse to write into a folder that holds another run."""
     if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
@@ -891,8 +1168,18 @@ def finish(model, schedule, args, minutes, val, batches, device):
     else:
         save_weights(path, model, parts=("unet",), only=is_temporal, stage=args.stage, recipes=recipes)
         say = f"python sample.py --frames 121 --weights {args.weights} --temporal {path}"
-        if export:
-            save_weights(export, model, stage=args.stage, recipes=recipes)
+        lora = os.path.join(args.out, "lora.safetensors")
+        if args.lora_rank:
+            with data.complete(lora) as unfinished:
+                save_file(lora_tensors(model), unfinished)
+            print(f"wrote {lora}")
+            say += f" --lora {lora}:1"
+        if export:   # what is frozen comes from its file: here it may be in less precision
+            whole = load_weights(args.weights)
+            fill(whole, read_weights(path)[3], path, parts=("unet",), temporal="only")
+            if args.lora_rank:
+                merge_lora(whole, lora)
+            save_weights(export, whole, stage=args.stage, recipes=recipes)
             print(f"wrote {export}")
             say = f"python sample.py --frames 121 --weights {export}"
     sample_sheet(os.path.join(args.out, "samples", "final.png"), model, schedule, batches[0], args, device)
@@ -903,13 +1190,16 @@ def main(argv=None):
     """Parse, prepare, loop. Every block of the loop starts with what it does."""
     args = parse(argv)
     device, why = choose_device(args.device)
+    args.mixed_precision = choose_precision(args.mixed_precision, device)
     rank, world = processes("nccl" if device.type == "cuda" else "gloo")
     parts = batch_parts(args, world)
-    model = prepare_model(args).to(device)
-    trainable = freeze_the_rest(model, args.stage)
-    report(model, trainable, args, device, why)
     if args.dry_run:
-        return
+        return dry_run(args, device, why)
+    # VAE and text encoder have nothing to do where latents and text embeddings are cached
+    model = prepare_model(args).to(device, ("unet",) if args.data else ("unet", "vae", "text"))
+    trainable = freeze_the_rest(model, args.stage)
+    make_smaller(model, args)
+    report(model, trainable, args, device, why)
     if args.score:
         return write_scores(args, model, device)
     check_out(args)
@@ -923,14 +1213,16 @@ def main(argv=None):
         compile_stages(model.unet, device)
     spare = shard(model.unet) if args.shard else None
     trainable = trainable_parameters(model, args.stage)   # parts, where they are sharded
-    objective = prepare_objective(model, schedule, args, device, rank, world)
-    ema = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    optimizer, scaler = prepare_optimizer(trainable, args, device)
+    masters = hand_over(trainable) if args.optimizer_on_cpu else trainable
+    bank = ErrorBank(args.error_bank) if args.error_bank else None
+    objective = prepare_objective(model, schedule, args, device, rank, world, bank)
+    ema = {name: parameter.detach().clone() for name, parameter in masters.items()}
+    optimizer, scaler = prepare_optimizer(masters, args, device)
     checkpoint_path = os.path.join(args.out, "ckpt.pt")
-    step = start_or_resume(checkpoint_path, trainable, ema, optimizer, scaler, args, rank)
+    step = start_or_resume(checkpoint_path, masters, ema, optimizer, scaler, args, rank, bank)
+    give_back(masters, trainable)
     log_file, log = start_log(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, step)
     model.unet.train()
-    model.unet.checkpoint_every = args.gradient_checkpointing
     progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", smoothing=0.05,
                     mininterval=1, disable=rank > 0)
     started, val, watch = time.time(), float("nan"), start_profile(args, device, rank)
@@ -953,7 +1245,7 @@ def main(argv=None):
                     sample_sheet(sheet, model, schedule, batches[0], args, device)
         if step and (step % args.save_every == 0 or last):
             log_file.flush()
-            save_checkpoint(checkpoint_path, trainable, ema, optimizer, scaler, step, model, args, rank)
+            save_checkpoint(checkpoint_path, masters, ema, optimizer, scaler, step, model, args, rank, bank)
         if last:
             log.writerow(row)
             break
@@ -972,7 +1264,8 @@ def main(argv=None):
 
         # clip, update, average
         with part("optimizer", args, device):
-            grad_norm = update(trainable, ema, optimizer, scaler, step, args)
+            grad_norm = update(masters, ema, optimizer, scaler, step, args)
+            give_back(masters, trainable)
         step += 1
 
         # timing and logging

@@ -293,3 +293,17 @@ def test_leaning_without_a_network_is_the_best_guess_of_a_gaussian():
     error = (x0_pred - x0).square().mean((0, 1, 3, 4))
     abar = schedule.alpha_bar[t[0]]
     assert torch.allclose(error, e ** 2 * (1 - abar) / (abar * e ** 2 + 1 - abar), rtol=0.05)
+
+
+def test_starting_noise_has_unit_variance_the_stated_correlation_and_no_other_argument():
+    """Frames of one video share the part rho, those of two videos nothing; 0 is each frame's own noise."""
+    shape = (4, 64, 64)
+    for rho in (0.0, 0.3, 0.9, 1.0):
+        a, b, other = (D.start_noise(seed, frame, shape, rho) for seed, frame in ((7, 3), (7, 90), (8, 3)))
+        for noise in (a, b, other):
+            assert noise.mean().abs() < 0.03 and abs(noise.var() - 1) < 0.04
+        assert abs((a * b).mean() - rho) < 0.03 and (a * other).mean().abs() < 0.03
+        assert torch.equal(a, D.start_noise(7, 3, shape, rho))
+    assert torch.equal(D.start_noise(7, 3, shape), frame_noise(7, 3, shape))
+    with pytest.raises(ValueError, match="expected 0 "):
+        D.start_noise(0, 0, shape, 1.5)

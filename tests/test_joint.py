@@ -60,7 +60,7 @@ def test_the_mask_by_hand():
     assert scope_mask(queries, keys, 1, torch.tensor([0, 5])).tolist() == [
         [0, 0, 0, 0, far, 0], [0, far, 0, 0, 0, 0]]
     assert not scope_mask(queries, keys, math.inf, torch.tensor([])).any()
-    assert SharedWindow([6]).mask is None and SharedWindow([6], 0, 5).mask is None    # nothing to mask: nothing is added
+    assert SharedWindow([6]).mask is None and SharedWindow([6], 0, 5).mask is None
 
 
 def test_softmax_over_halves_of_the_keys_merges_by_log_sum_exp_and_not_by_the_mean():

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as M
-from model import (PREFIXES, PRESETS, VAE, SharedWindow, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet, Around,
-                   attention, blend_weights, is_temporal, load_weights, nearest_given, save_weights)
+from model import (PREFIXES, PRESETS, VAE, Around, Model, PseudoConv3d, SharedWindow, TextEncoder, Tokenizer,
+                   UNet, attention, blend_weights, is_temporal, load_weights, nearest_given, save_weights)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SD15 = json.loads(gzip.decompress((FIXTURES / "sd15_keys.json.gz").read_bytes()))

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -86,16 +85,22 @@ def whole(tmp_path_factory, small_weights):
 
 @pytest.mark.parametrize("n, flags", [(2, []), (2, ["--shard"]), (2, ["--pipeline"]), (4, ["--pipeline"])])
 def test_curves_are_those_of_one_process(whole, n, flags):
-    """Losses and gradients within 1e-5, and no file more or less.
+    """Losses and lengths of gradients within 1e-5, their means to 1e-4, and no file more or less.
 
-    Weights within a tenth of a step: Adam goes as far on a gradient that is only rounding as on any other."""
+    Weights within a tenth of a step, unless their gradient is only rounding: Adam goes as far on that as on
+    any other. A bias that the next norm takes off again has such a gradient."""
     shared, alone = whole(n, *flags), whole(1)
     assert sorted(os.listdir(shared)) == sorted(os.listdir(alone))
     for one, other in zip(rows(shared), rows(alone), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    one, other = checkpoint(shared)["ema"], checkpoint(alone)["ema"]
-    assert one.keys() == other.keys()
-    assert max((one[name] - other[name]).abs().max() for name in one) < 2e-4   # the learning rate is 2e-3
+    one, other = checkpoint(shared), checkpoint(alone)
+    assert one["ema"].keys() == other["ema"].keys()
+    slopes = [[state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (one, other)]
+    steepest = max(slope.abs().max() for slope in slopes[1])
+    for name, slope, same in zip(one["ema"], *slopes, strict=True):
+        assert (slope - same).abs().max() < 1e-4 * steepest
+        if same.abs().max() > 1e-6 * steepest:
+            assert (one["ema"][name] - other["ema"][name]).abs().max() < 2e-4   # the learning rate is 2e-3
 
 
 @pytest.mark.parametrize("stage", ["vae", "image"])
@@ -134,7 +139,7 @@ def test_a_checkpoint_fits_any_number_of_processes(tmp_path, small_weights, whol
     (2, ["--stage", "image", "--shard"], "found image"), (3, ["--pipeline"], "pairs of processes, found 3"),
     (2, ["--pipeline", "--mixed_precision", "fp16"], "take bf16"), (4, [], "6 cannot be shared by 4"),
     (4, ["--pipeline", "--batch_size", "2"], "give 4 or more"),
-    (2, ["--data", "x", "--score", "y"], "without torchrun")])
+    (2, ["--data", "x", "--score", "y"], "without torchrun"), (2, ["--error_bank", "0.5"], "one process, found 2")])
 def test_runs_that_cannot_be_shared_say_why(n, argv, words):
     """In one sentence, before anything is made."""
     args = train.parse(["--stage", "interp", *argv])

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import data
+import diffusion
 import sample
 from model import is_temporal, load_weights, save_weights
-from schedule import ladder, seed
+from schedule import joint, ladder, seed
 
 
 def run(tmp_path, weights, *more, name="run", frames=20):
@@ -136,7 +137,7 @@ def test_fills_have_steps_and_guidance_of_their_own(restless_weights):
     sampler = sample.Sampler(load_weights(restless_weights), args, torch.device("cpu"), {})
     latents, asked = torch.zeros(1, 4, 121, 16, 16), {}
     for window in ladder(121):
-        sampler.denoise = lambda x, t, new, contexts, steps, scale, frames, clips: (
+        sampler.denoise = lambda x, t, new, contexts, steps, scale, frames, clips, **more: (
             asked.setdefault(window.stage, (steps, scale)) and x)
         with torch.no_grad():
             sampler.windows([(0, window)], latents, sampler.contexts(["dusk"]), [0], user=(0,))
@@ -261,16 +262,138 @@ def test_files_that_are_no_pictures_and_occupied_folders_are_refused(tmp_path, r
     assert (folder / "sheet.png").read_bytes() == before
 
 
-def test_evaluation_prints_a_row_for_every_schedule_and_baseline(tmp_path, restless_weights, capsys):
-    """--evaluate: the table, a contact sheet beside the truth and the drift plot."""
-    folder = run(tmp_path, restless_weights, "--evaluate", "--worlds", "2", frames=30)
-    table = (folder / "table.md").read_text()
-    for row in ("VAE round trip", "copy first frame", "blend true ends", "ladder", "seed"):
-        assert f"| {row} |" in table and row in capsys.readouterr().out + table
-    assert (folder / "sheet.png").exists() and (folder / "drift.png").exists()
+def test_evaluation_compares_all_combinations_and_goes_on_where_it_stopped(tmp_path, restless_weights,
+                                                                           monkeypatch, capsys):
+    """--evaluate: a row for every cell and baseline, plots and a sheet; what is done is not done again.
+
+    Stopped in the middle and continued, with more worlds, it says the same as when done at once."""
+    lists = ["--evaluate", "schedule=ladder,seed_key,joint", "frames=9,12", "--batch_size", "1",
+             "--steps", "1", "--fill_steps", "1", "--guidance_scale", "1", "--worlds"]
+    whole = run(tmp_path, restless_weights, *lists, "2", name="whole")
+    table, printed = (whole / "table.md").read_text(), capsys.readouterr().out
+    for row in (*sample.BASELINES, "ladder 9", "seed_key 12", "12 frames",
+                "farther from the truth than ladder 12 (below 0: closer)"):
+        assert f"| {row} |" in table and f"| {row} |" in printed
+    assert {"sheet.png", "drift_colour.png", "drift_sharp.png", "drift_psnr.png"} <= set(os.listdir(whole))
+
+    run(tmp_path, restless_weights, *lists, "1", name="cut")
+    windows, made = sample.Sampler.windows, []
+
+    def counts(self, jobs, *rest):
+        made.append(jobs)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        windows(self, jobs, *rest)
+
+    monkeypatch.setattr(sample.Sampler, "windows", counts)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, restless_weights, *lists, "2", name="cut")
+    run(tmp_path, restless_weights, *lists, "2", name="cut")
+    plans = [sample.SCHEDULES[name](n) for name in ("ladder", "seed_key", "joint") for n in (9, 12)]
+    assert len(made) == 1 + sum(map(len, plans))   # of the second world: one was interrupted, others are kept
+    assert (tmp_path / "cut" / "table.md").read_text() == table
+    with pytest.raises(ValueError, match="other seed: give the same"):
+        run(tmp_path, restless_weights, *lists, "2", "--seed", "1", name="cut")
+    for argv, words in ((["ladder"], "expected FLAG=VALUE,VALUE"), (["worlds=3"], "'worlds' = '3'"),
+                        (["--loop"], "leave --keyframes, --loop")):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, restless_weights, "--evaluate", *argv, name="cut")
+
+
+def sampler_of(weights, *argv):
+    """A sampler of one step with guidance off, a window of the ladder, latents and contexts for it."""
+    args = sample.parse(["--weights", weights, "--steps", "1", "--fill_steps", "1", "--guidance_scale", "1",
+                         *argv])
+    sampler = sample.Sampler(load_weights(weights), args, torch.device("cpu"), {})
+    latents = torch.randn(1, 4, 61, 16, 16, generator=torch.Generator().manual_seed(0))
+    return sampler, latents, sampler.contexts(["dusk"])
+
+
+@torch.no_grad()
+def made_by(weights, window, *argv):
+    """The new latents of one window."""
+    sampler, latents, contexts = sampler_of(weights, *argv)
+    sampler.windows([(0, window)], latents, contexts, [0], user=(0,))
+    return latents[0][:, list(window.new)]
+
+
+def test_history_guidance_of_one_is_off_and_of_zero_says_what_a_weak_history_says(restless_weights):
+    """Scale 1 is the plain sampler; 0 the one whose given frames are at HISTORY_LEVEL, noise and label."""
+    window = ladder(61)[1]
+    plain, one, zero, half = (made_by(restless_weights, window, *argv) for argv in (
+        [], ["--history_guidance", "1"], ["--history_guidance", "0"], ["--history_guidance", "0.5"]))
+    assert torch.equal(plain, one) and not torch.allclose(plain, zero, atol=1e-3)
+    assert torch.allclose((plain + zero) / 2, half, atol=1e-4)   # one step is linear in what is said
+    window = ladder(61, given=(0, 16))[0]   # where both given frames were made by the model
+    sampler, latents, contexts = sampler_of(restless_weights, "--aug", f"t={sample.HISTORY_LEVEL}")
+    with torch.no_grad():
+        sampler.windows([(0, window)], latents, contexts, [0], user=())
+    zero = sampler_of(restless_weights, "--history_guidance", "0")
+    with torch.no_grad():
+        zero[0].windows([(0, window)], zero[1], zero[2], [0], user=())
+    assert torch.allclose(latents, zero[1], atol=1e-4)
+
+
+def test_a_fill_can_start_from_the_blend_of_its_ends(restless_weights, monkeypatch):
+    """What is denoised is q_sample of the blend at that level, where the walk starts; keys do as always.
+
+    So does a window that processes share, however close its given frames are."""
+    seen = []
+    monkeypatch.setattr(sample, "ddim_sample", lambda schedule, say, x, t_given, new, levels: (
+        seen.append((x, new, levels)), x)[1])
+    plan = ladder(61)
+    for window in (plan[0], plan[-1], joint(17, (0, 16), 1)[0]):
+        made_by(restless_weights, window, "--fill_start", "t=599", "--fill_steps", "2")
+    (_, _, key_levels), (x, new, levels), (_, _, joint_levels) = seen
+    assert key_levels == [999, -1] and levels == [599, 299, -1] and joint_levels == [999, 499, -1]
+    sampler, latents, _ = sampler_of(restless_weights)
+    window = plan[-1]
+    a, b = window.new[0] - 1, window.new[-1] + 1
+    for place, frame in enumerate(window.frames):
+        if frame in window.new:
+            blend = latents[0][:, a] + (latents[0][:, b] - latents[0][:, a]) * (frame - a) / (b - a)
+            noise = diffusion.frame_noise(0, frame, blend.shape)
+            wanted = sampler.schedule.q_sample(blend[None], torch.tensor([599]), noise[None])[0]
+            assert torch.allclose(x[0, :, place], wanted, atol=1e-5)
+
+
+def test_colours_are_matched_to_the_first_frame_and_a_video_to_itself_stays():
+    """Mean and deviation of every channel become those of the first frame; share 0 and a match: identity."""
+    video = torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    still, first = video[:, :1].expand_as(video), video[:, :1]
+    assert torch.allclose(sample.match_colours(still, first, 1.0), still, atol=1e-6)
+    assert torch.equal(sample.match_colours(video, first, 0.0), video)
+    matched = sample.match_colours(0.5 * video + 0.3, first, 1.0)
+    assert torch.allclose(matched.mean((2, 3)), first.mean((2, 3)).expand(3, 5), atol=1e-5)
+    assert torch.allclose(matched.std((2, 3)), first.std((2, 3)).expand(3, 5), atol=1e-5)
+    half = sample.match_colours(video, first, 0.5)
+    assert torch.allclose(half, (video + sample.match_colours(video, first, 1.0)) / 2, atol=1e-6)
 
 
 def test_plan_prints_without_weights(capsys):
     """--plan needs no model."""
     sample.main(["--plan", "--frames", "30", "--weights", "nothing"])
     assert "#" in capsys.readouterr().out
+
+
+def test_smooth_joins_show_a_cubic_and_change_nothing_else(tmp_path, restless_weights):
+    """Of a video that is a cubic in time nothing changes; of another only frames where two windows meet.
+
+    Given pictures come back unchanged, and latents stay."""
+    store = sample.Store.create(str(tmp_path / "x.safetensors"), 9, (4, 2, 2))
+    f = torch.arange(9.0)
+    store[:, range(9)] = ((f - 3) ** 3 / 10 + f).view(1, 9, 1, 1).expand(4, 9, 2, 2)
+    assert torch.allclose(sample.shown(store, range(9), [4]), store[:, range(9)], atol=1e-5)
+    store[:, [4]] = torch.zeros(4, 1, 2, 2)
+    smooth = sample.shown(store, [3, 4, 5], [4])
+    assert torch.allclose(smooth[:, 1], torch.full((4, 2, 2), 4.1), atol=1e-5)
+    assert torch.equal(smooth[:, [0, 2]], store[:, [3, 5]])
+
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(tmp_path / "a.png")
+    keys = ["--keyframes", f"0:{tmp_path / 'a.png'}", f"8:{tmp_path / 'a.png'}", "--decode_chunk", "3"]
+    plain = run(tmp_path, restless_weights, *keys, name="plain")
+    smooth = run(tmp_path, restless_weights, *keys, "--joins", "smooth", name="smooth")
+    changed = [i for i, (a, b) in enumerate(zip(pixels(plain), pixels(smooth))) if not np.array_equal(a, b)]
+    assert changed == [i for i in sample.joins(ladder(20, given=(0, 8)), 20) if i != 8] and changed
+    latents = [(folder / "latents.safetensors").read_bytes() for folder in (plain, smooth)]
+    assert latents[0] == latents[1]

@@ -42,6 +42,18 @@ def test_given_frames_come_from_a_smaller_level(plan):
         assert w.level == 1 + max((plan[j].level for j in reads), default=-1)
 
 
+def test_keys_in_place_of_the_frame_before_free_the_fills_of_each_other():
+    """Same windows in the same order, but a fill reads anchors and keys only, one of them behind it."""
+    for n in (19, 121, 500):
+        plan = seed(n, "key")
+        verify(plan, n)
+        assert [(w.new, w.stage) for w in plan] == [(w.new, w.stage) for w in seed(n)]
+        keys = {0, 1, 6} | {f for w in plan if w.stage == "extrap" for f in w.new}
+        fills = [w for w in plan if w.stage == "interp"]
+        assert all(set(w.given) <= keys for w in fills)
+        assert all({w.new[0] - 5, w.new[0] - 1, w.new[-1] + 1} <= set(w.given) for w in fills[1:])
+
+
 def test_seed_is_the_published_list():
     """Counted from 1: 1, 2!..7! / 1,2,3,7,11!,15!,19! / 1,2,6,7,8!,9!,10!,11, each loop 12 frames further."""
     plan = [([f + 1 for f in w.given], [f + 1 for f in w.new], w.stage) for w in seed(121)]
@@ -55,6 +67,7 @@ def test_seed_is_the_published_list():
 
 @pytest.mark.parametrize("planner, options, figures, deep", [
     (seed, {}, [(41, 317, 32, 32), (169, 1309, 128, 128), (769, 5959, 578, 578)], 2501),
+    (seed, {"context": "key"}, [(41, 316, 12, 12), (169, 1308, 44, 44), (769, 5958, 194, 194)], 835),
     (ladder, {"red_black": False}, [(40, 272, 4, 7), (164, 1142, 10, 22), (755, 5277, 38, 96)], 158),
     (ladder, {}, [(40, 272, 6, 7), (164, 1142, 12, 22), (755, 5277, 40, 96)], 160),
     (ladder, {"max_stride": 64}, [(41, 275, 7, 8), (166, 1154, 8, 23), (764, 5338, 15, 97)], 45),

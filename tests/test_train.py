@@ -12,7 +12,8 @@ from PIL import Image
 import data
 import train
 from diffusion import NoiseSchedule
-from model import PREFIXES, Model, is_temporal, load_weights, read_weights, save_weights
+from model import PREFIXES, is_temporal, load_weights, read_weights
+from schedule import ladder
 
 
 def arguments(tmp_path, base, stage="interp", **changes):
@@ -39,7 +40,7 @@ def whole_and_cut(tmp_path, weights, monkeypatch, step, **options):
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments(tmp_path / "cut", weights, **options))
     train.main(arguments(tmp_path / "cut", weights, **options) + ["--resume", "auto"])
-    return [tmp_path / run / "interp" for run in ("whole", "cut")]
+    return [tmp_path / run / options.get("stage", "interp") for run in ("whole", "cut")]
 
 
 def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
@@ -55,6 +56,73 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypat
         assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     losses = [[row["loss"] for row in csv.DictReader(open(folder / "log.csv"))] for folder in folders]
     assert losses[0] == losses[1] and len(losses[0]) == 21
+
+
+def test_a_run_with_an_error_bank_resumes_exactly(tmp_path, small_weights, monkeypatch):
+    """The bank is in the checkpoint: 4 steps == 2 steps, a crash, --resume, 2 steps, bit for bit."""
+    options = dict(stage="extrap", max_steps=4, save_every=2, error_bank=0.7)
+    folders = whole_and_cut(tmp_path, small_weights, monkeypatch, 3, **options)
+    whole, cut = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in folders)
+    assert torch.equal(whole["errors"], cut["errors"]) and len(whole["errors"]) >= 4 * 2
+    assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
+    with pytest.raises(ValueError, match="trained with --error_bank 0.7"):
+        train.main(arguments(tmp_path / "cut", small_weights, **options | {"error_bank": 0.5})
+                   + ["--resume", "auto"])
+
+
+def test_the_bank_spoils_given_frames_of_windows_that_lead_on_and_nothing_else():
+    """A share of these windows, on frames that the model would have made, with an error that it has made."""
+    bank, x0 = train.ErrorBank(0.5), torch.randn(400, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]]).bool().repeat(200, 1)     # leads on, fills
+    user = torch.tensor([1, 0, 0, 0, 0]).bool().expand(400, 5)
+    spoil = lambda: bank.spoil(x0, given, user, torch.Generator().manual_seed(1))
+    assert torch.equal(spoil(), x0)                                                    # nothing in it yet
+    error = torch.zeros_like(x0)
+    error[0::2, :, 3:], error[1::2, :, 2] = 0.25, 9.0
+    bank.add(error, given)
+    assert len(bank.errors) == 400 and (bank.errors == 0.25).all()                     # no error of fills
+    added = (spoil() - x0).abs().amax((1, 3, 4))                                       # (b, f)
+    assert torch.equal(spoil(), spoil()) and not added[1::2].any() and not added[:, [0, 3, 4]].any()
+    assert torch.equal(added[:, 1] > 0.2, added[:, 2] > 0.2)
+    assert abs((added[0::2, 1] > 0.2).float().mean() - 0.5) < 0.1
+    for _ in range(3):
+        bank.add(2 * error, given)
+    assert len(bank.errors) == 1024 and (bank.errors == 0.5).all()                    # the last are kept
+
+
+def test_an_error_on_given_frames_leaves_the_target_alone(tmp_path, small_weights):
+    """With errors of zero the loss is that without a bank; with others only the given frames are changed."""
+    args = train.parse(arguments(tmp_path, small_weights, stage="extrap", error_bank=1.0))
+    model, device = train.prepare_model(args), torch.device("cpu")
+    schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr)
+    batch, seen, unet = train.prepare_data(args, model, "train", device)(0), [], model.unet.forward
+    model.unet.forward = lambda x, *rest, **more: (seen.append(x), unet(x, *rest, **more))[1]
+    model.unet.temporal_trust.weight.data += 0.1        # so that what is given matters
+    prepared = lambda bank: train.prepare_batch(model, batch, 0, args, device, bank=bank)
+    plain, none, some = (train.training_loss(model, schedule, prepared(bank), args, bank)[1]
+                         for bank in (None, train.ErrorBank(1.0), full_bank()))
+    assert torch.equal(plain, none) and not torch.equal(plain, some)
+    changed = (seen[2] - seen[0]).abs().amax((1, 3, 4)) > 0
+    assert torch.equal(changed, batch["given"] & ~batch["user"]) and changed.any()
+
+
+def full_bank():
+    """An error bank that has one error to give."""
+    bank = train.ErrorBank(1.0)
+    bank.errors = torch.full((1, 4, 16, 16), 0.5).half()
+    return bank
+
+
+def test_clips_of_481_frames_show_keys_64_apart(tmp_path, small_weights):
+    """--frames 481 --max_stride 64 trains windows of stride 64 beside all those of stride 16."""
+    wide = data.window_shapes("video", 481, 64)
+    assert [w for windows in data.window_shapes("video", 481) for w in windows] == [
+        w for windows in wide for w in windows][:len(sum(data.window_shapes("video", 481), []))]
+    shown = {tuple(f - w.frames[0] for f in w.frames) for windows in wide for w in windows}
+    assert tuple(range(0, 385, 64)) in shown and tuple(range(0, 97, 16)) in shown
+    for w in ladder(481, max_stride=64):    # whatever sampling asks for
+        assert tuple(f - w.frames[0] for f in w.frames) in shown
+    assert max(data.reach(w) for windows in wide for w in windows) <= 480
 
 
 def test_video_stage_starts_at_the_loss_of_its_image_model(tmp_path, small_weights):

@@ -1,0 +1,184 @@
+"""How long a training step takes and what it keeps for the backward pass. Not a test: run it by hand.
+
+    python tests/benchmark.py            the ladder of flags at 512x512, 7 frames, in half precision: shapes
+                                         only, so no GPU and hardly any memory, a minute
+    python tests/benchmark.py --time     seconds per step on this machine, latents of 32x32
+    python tests/benchmark.py --time --type bfloat16 --preset tiny
+
+Both compare with diffusers' UNetMotionModel where diffusers is installed: same width, frames, size and type.
+"""
+
+import argparse
+import copy
+import gc
+import os
+import sys
+import time
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import train  # noqa: E402
+from diffusion import NoiseSchedule  # noqa: E402
+from model import PRESETS, UNet, is_temporal  # noqa: E402
+
+try:
+    from diffusers import UNetMotionModel
+except ImportError:
+    UNetMotionModel = None
+
+KINDS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+CPU = torch.device("cpu")
+
+
+def ours(args, config, flags=()):
+    """Our UNet and a function that returns the loss of `train.py` with some of its flags."""
+    options = ["--stage", "video", "--preset", config.name, "--batch_size", str(args.batch_size),
+               "--mixed_precision", KINDS[args.type], "--gradient_checkpointing", "0", *flags]
+    run = train.parse(options)
+    unet = UNet(config)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(is_temporal(name))
+    model = argparse.Namespace(unet=unet.train())
+    train.make_smaller(model, run)
+    if args.channels_last and not args.fake:
+        unet.to(memory_format=torch.channels_last)
+    size = args.latents or config.size // config.vae_factor
+    batch = train.fake_batch(run, config, args.frames, size)
+    batch = {key: torch.randn_like(x) if x.is_floating_point() else x for key, x in batch.items()}
+    schedule = NoiseSchedule(config.prediction, config.zero_terminal_snr)
+
+    def loss():
+        with train.computing(run, CPU, "meta" if args.fake else "cpu"):
+            return train.training_loss(model, schedule, batch, run)[0]
+
+    return unet, loss
+
+
+def theirs(args, config, checkpointing=False):
+    """diffusers' UNet with motion modules, at the same widths, and a mean square error on the same work."""
+    attention = ["CrossAttnDownBlockMotion" if level in config.attention_levels else "DownBlockMotion"
+                 for level in range(len(config.widths))]
+    unet = UNetMotionModel(
+        block_out_channels=config.widths, layers_per_block=config.res_blocks, down_block_types=attention,
+        up_block_types=[kind.replace("Down", "Up") for kind in reversed(attention)],
+        cross_attention_dim=config.text_width, num_attention_heads=config.heads, motion_num_attention_heads=8)
+    dtype = getattr(torch, args.type)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("motion_modules" in name)
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.channels_last and not args.fake:
+        unet.to(memory_format=torch.channels_last)
+    size = args.latents or config.size // config.vae_factor
+    x = torch.randn(args.batch_size, 4, args.frames, size, size)
+    context = torch.randn(args.batch_size * args.frames, 77, config.text_width)      # a text for every frame
+    t = torch.zeros(args.batch_size).long()
+
+    def loss():
+        half = dtype != torch.float32
+        with torch.autocast("cpu", dtype if half else None, enabled=half):
+            return (unet(x, t, context).sample.float() - x).square().mean()
+
+    return unet, loss
+
+
+def memory(build):
+    """(bytes kept for the backward pass, most of activations and gradients) of a step, in shapes only."""
+    with FakeTensorMode():
+        unet, loss = build()
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        with train.MemoryMeter([*unet.parameters(), *unet.buffers()], trained) as meter:
+            out = loss()
+            kept = meter.live
+            out.backward()
+    return kept, meter.peak
+
+
+def table_of_memory(args, config):
+    """The ladder, one flag after the other. GB are 10^9 bytes."""
+    rows = [("nothing", ["--no-lean"]), ("--lean (default)", []), ("--recompute", ["--recompute"]),
+            ("--recompute --activations_8bit", ["--recompute", "--activations_8bit"]),
+            *((f"--gradient_checkpointing {k}", ["--gradient_checkpointing", str(k)]) for k in (3, 2, 1)),
+            ("... 1 --recompute", ["--gradient_checkpointing", "1", "--recompute"]),
+            ("... 1 --offload_activations", ["--gradient_checkpointing", "1", "--offload_activations"])]
+    builds = [(name, lambda flags=flags: ours(args, config, flags)) for name, flags in rows]
+    if UNetMotionModel:
+        builds += [("diffusers UNetMotionModel", lambda: theirs(args, config)),
+                   ("  with its gradient checkpointing", lambda: theirs(args, config, True))]
+    print(f"{'':38} kept for backward, most of activations and gradients, GB")
+    for name, build in builds:
+        kept, most = memory(build)
+        print(f"{name:38} {kept / 1e9:6.2f} {most / 1e9:6.2f}", flush=True)
+
+
+def machine_peak(dtype):
+    """FLOP/s of a large matrix product on this machine, in this type: the best of five."""
+    a, best = torch.randn(2048, 2048).to(dtype), 0
+    for _ in range(5):
+        begun = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 2048 ** 3 / (time.perf_counter() - begun))
+    return best
+
+
+def table_of_time(args, config):
+    """Seconds of a step, the best of so many; frames per second; share of what the machine can do."""
+    peak, rows = machine_peak(getattr(torch, args.type)), {}
+    print(f"a matrix product here reaches {peak / 1e9:.0f} GFLOP/s in {args.type}")
+    builds = {"ours": lambda args=args: ours(args, config), "ours, --gradient_checkpointing 1":
+              lambda args=args: ours(args, config, ["--gradient_checkpointing", "1"])}
+    if UNetMotionModel and args.theirs:
+        builds["diffusers UNetMotionModel"] = lambda args=args: theirs(args, config)
+    for name, build in builds.items():
+        shapes = copy.copy(args)
+        shapes.fake = True
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            build(shapes)[1]().backward()
+        unet, loss = build()
+        optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=0.0)
+        times = []
+        for _ in range(args.steps):
+            begun = time.perf_counter()
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - begun)
+        rows[name] = best = min(times)
+        share = counter.get_total_flops() / best / peak
+        print(f"{name:34} {best:7.2f} s, {args.batch_size * args.frames / best:6.2f} frames/s, "
+              f"{share:4.0%} of the machine's peak, {best / rows['ours']:5.2f} of ours", flush=True)
+        del unet, loss, optimizer
+        gc.collect()
+
+
+def main(argv=None):
+    """Print one of the two tables."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", default="sd15", choices=list(PRESETS))
+    p.add_argument("--time", action="store_true", help="seconds instead of bytes")
+    p.add_argument("--type", choices=list(KINDS), help="default bfloat16 for memory, float32 for time")
+    p.add_argument("--frames", type=int, default=7)
+    p.add_argument("--latents", type=int, help="their height and width; default that of the preset, 32 at "
+                   "most with --time")
+    p.add_argument("--batch_size", type=int, default=1)
+    p.add_argument("--steps", type=int, default=3, help="of which the fastest counts")
+    p.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--theirs", action=argparse.BooleanOptionalAction, default=True,
+                   help="time diffusers' model too: 13 GB of memory at the widths of sd15 in float32")
+    args = p.parse_args(argv)
+    config, args.fake = PRESETS[args.preset], not args.time
+    args.type = args.type or ("float32" if args.time else "bfloat16")
+    if args.time and not args.latents:
+        args.latents = min(32, config.size // config.vae_factor)
+    (table_of_time if args.time else table_of_memory)(args, config)
+
+
+if __name__ == "__main__":
+    main()
