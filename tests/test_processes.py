@@ -154,7 +154,8 @@ def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, small_weights, ca
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "ms a step" in line]
     shares = {line[0]: float(line[-1].rstrip("%")) for line in lines}
     assert list(shares) == ["data", "forward", "backward", "optimizer"]
-    assert all(shares.values()) and 80 < sum(shares.values()) <= 100
+    assert all(shares[name] for name in ("forward", "backward", "optimizer"))    # data may round to nothing
+    assert 80 < sum(shares.values()) <= 100
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
 
 
