@@ -124,11 +124,10 @@ def test_a_backbone_in_8_bit_is_a_byte_per_number_and_says_nearly_the_same(small
     assert 0 < distance(found, exact) < 0.05
 
 
-@pytest.mark.parametrize("accumulate", (1, 2))
-def test_an_optimizer_on_the_cpu_makes_the_same_steps(tmp_path, small_weights, accumulate):
+def test_an_optimizer_on_the_cpu_makes_the_same_steps(tmp_path, small_weights):
     """Weights, average and optimizer state after some steps, bit for bit; and a checkpoint that resumes."""
     run = lambda name, **more: train.main(arguments(tmp_path, small_weights, out=tmp_path / name,
-                                                    gradient_accumulation_steps=accumulate, **more))
+                                                    gradient_accumulation_steps=2, **more))
     run("there")
     run("here", optimizer_on_cpu=True)
     states = [torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("there", "here")]
