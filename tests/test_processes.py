@@ -110,7 +110,7 @@ def test_the_image_stage_is_shared_too(tmp_path, small_weights):
         assert row == pytest.approx(other, rel=1e-5)
 
 
-def test_a_resumed_run_is_exact_and_its_checkpoint_fits_any_number_of_processes(tmp_path, small_weights, whole):
+def test_a_resumed_run_is_exact_and_fits_any_number_of_processes(tmp_path, small_weights, whole):
     """2 sharded processes, dead at step 3.
 
     Resumed by 2 it is bit for bit the run that went through, resumed by 1 it has its curve."""
