@@ -273,7 +273,7 @@ class Around(NamedTuple):
 
     b: int
     f: int
-    clips: SharedWindow             # who has which frames
+    clips: SharedWindow      # who has which frames
     gap: torch.Tensor        # (b, halo-1) from each frame that a temporal conv reads to the next
     distance: torch.Tensor   # (b, f, seen) signed distance to every frame that temporal attention sees
     emb: torch.Tensor        # (b, f, e) what each frame is told about itself
@@ -403,6 +403,7 @@ class GEGLU(nn.Module):
         return cheap(self.again, self.gated, self.proj(x))
 
     def gated(self, both):
+        """Values and gates (..., 2c) -> (..., c)."""
         x, gate = both.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -842,6 +843,7 @@ def keep_activations(eight_bit, home, dtype):
     half precision has a reason, so it stays. home: the device to wait on, the CPU say, or None. Weights and
     small tensors stay as they are."""
     def pack(x):
+        """A tensor for the backward pass -> what is kept of it, its scale and the device it came from."""
         if isinstance(x, nn.Parameter) or x.numel() < 2 ** 12:
             return x, None, None
         device, scale = x.device, None
@@ -851,6 +853,7 @@ def keep_activations(eight_bit, home, dtype):
         return (x if home is None else x.to(home)), scale, device
 
     def unpack(kept):
+        """The tensor again, where it was."""
         x, scale, device = kept
         x = x if device is None else x.to(device)
         return x if scale is None else x * scale

@@ -914,6 +914,7 @@ def hand_over(trainable, home="cpu"):
     masters = {name: nn.Parameter(p.detach().to(home, copy=True)) for name, p in trainable.items()}
     for name, parameter in trainable.items():
         def take_gradient(parameter, master=masters[name]):
+            """Move a gradient that is complete to the copy, and let go of it here."""
             gradient, parameter.grad = parameter.grad.to(home), None
             master.grad = gradient if master.grad is None else master.grad + gradient
         parameter.register_post_accumulate_grad_hook(take_gradient)
@@ -945,6 +946,7 @@ class MemoryMeter(TorchDispatchMode):
         return out
 
     def count(self, storage):
+        """Take note of memory that is seen for the first time, and be told when it is freed."""
         if storage in self.sizes:                                                     # a view, or in place
             return
         self.sizes[storage] = size = storage.nbytes()
@@ -955,6 +957,7 @@ class MemoryMeter(TorchDispatchMode):
             self.gradients = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
 
     def free(self, size):
+        """So many bytes are not alive any more."""
         self.live -= size
 
 
@@ -962,8 +965,7 @@ def fake_batch(args, config, f, size=None):
     """A batch as `prepare_batch` returns it, with f frames; only its shapes mean something."""
     b, size = args.batch_size, size or config.size // config.vae_factor
     if args.stage == "vae":
-        return {"images": torch.empty(b, 3, config.size, config.size), "eps": torch.empty(b, 4, size, size),
-                "by": [(1, 1)] * b, "share": torch.empty(b - b // 2, 1, 1, 1)}
+        return {"images": torch.empty(b, 3, config.size, config.size), "eps": torch.empty(b, 4, size, size)}
     given = torch.zeros(b, f, dtype=torch.bool)
     return {"latents": torch.empty(b, 4, f, size, size), "eps": torch.empty(b, 4, f, size, size),
             "frames": given.long(), "given": given, "user": given, "t_new": torch.zeros(b).long(),
