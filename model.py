@@ -126,6 +126,7 @@ class Conv2d(nn.Conv2d):
     lean = False
 
     def plain(self, x):
+        """What the layer computes."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
     def gradient_of_input(self, gradient, weight, shape, stride):
@@ -145,9 +146,11 @@ class Linear(nn.Linear):
     lean = False
 
     def plain(self, x):
+        """What the layer computes."""
         return F.linear(x, self.weight, self.bias)
 
     def gradient_of_input(self, gradient, weight, shape, stride):
+        """The gradient of the input (..., in) from that of the output (..., out)."""
         return gradient @ weight
 
     def forward(self, x):
@@ -798,11 +801,17 @@ def is_temporal(name):
 
 # ------------------------------------------------------------------------------------ training in less memory
 
+def to_8bit(x, dims):
+    """x as integers from -127 to 127, and the scale to multiply them by, one for all numbers along `dims`."""
+    scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-8) / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
 class EightBit(nn.Module):
     """A weight as 8-bit integers with a scale per output channel, unpacked whenever a layer asks for it."""
     def right_inverse(self, weight):
-        scale = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True).clamp(min=1e-8) / 127
-        return (weight / scale).round().to(torch.int8), scale
+        """What torch stores in place of the weight."""
+        return to_8bit(weight, tuple(range(1, weight.dim())))
 
     def forward(self, whole, scale):
         return whole * scale
@@ -848,8 +857,7 @@ def keep_activations(eight_bit, home, dtype):
             return x, None, None
         device, scale = x.device, None
         if eight_bit and x.dtype == dtype and x.dim() > 2 and x.shape[-1] > 3:        # 3: a kernel of a conv
-            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-            x = (x / scale).round().to(torch.int8)
+            x, scale = to_8bit(x, -1)
         return (x if home is None else x.to(home)), scale, device
 
     def unpack(kept):
