@@ -63,10 +63,8 @@ FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps 
 DEFAULTS = {"tiny": (10, 1, 1.5, 1.0, "none"), "sd15": (30, 30, 7.5, 7.5, "nsr=0.33")}
 
 
-def parse(argv):
-    """The command line of sample.py."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what to make
+def content_flags(p):
+    """What to make."""
     p.add_argument("--frames", type=int, default=121, help="length of the video; any number from 1 on")
     p.add_argument("--image", metavar="FILE", help="first frame: a picture, cropped to a square and resized")
     p.add_argument("--world", type=int, metavar="N",
@@ -83,7 +81,10 @@ def parse(argv):
     p.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same video, bit for bit")
     p.add_argument("--fps", type=int, default=12, help="of the written videos")
-    # how
+
+
+def method_flags(p):
+    """How to make it."""
     p.add_argument("--schedule", default="ladder", choices=list(SCHEDULES),
                    help="which frames are made from which; joint denoises all keys together, and processes "
                    "share them frame by frame; to compare: ladder_plain fills all gaps at once, the fills of "
@@ -109,7 +110,10 @@ def parse(argv):
                    "abar=..., t=94 or none; default none for tiny, nsr=0.33 for sd15")
     p.add_argument("--context_noise", default="add", choices=("add", "label", "none"), help="add: noise is "
                    "put on these frames; label: the network is only told so; none: neither")
-    # against drift: all off, the README says what they did
+
+
+def drift_flags(p):
+    """What may help against drift: all off, README.md says what they did."""
     p.add_argument("--noise_correlation", type=float, default=0.0, metavar="RHO", help="of the noise that "
                    "two frames start from, 0 to 1: more holds a video still, clouds too")
     p.add_argument("--fill_start", default="none", metavar="LEVEL", help="a fill starts from the blend of "
@@ -121,7 +125,10 @@ def parse(argv):
     p.add_argument("--match_colours", type=float, default=0.0, metavar="SHARE", help="move mean and "
                    "deviation of each colour to those of the first frame, 0 to 1; only where the light never "
                    "changes")
-    # with what
+
+
+def model_flags(p):
+    """What to make it with."""
     p.add_argument("--preset", default="tiny", choices=list(PRESETS))
     p.add_argument("--weights", default=None, help="default for the tiny preset: assets/tiny.safetensors")
     p.add_argument("--temporal", nargs="+", default=[], metavar="FILE",
@@ -134,7 +141,10 @@ def parse(argv):
                    "out more evenly over processes (try 2). Sums are rounded differently: +-1 of 255")
     p.add_argument("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together")
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    # where, and what else
+
+
+def output_flags(p):
+    """Where to put it, and what else to do."""
     p.add_argument("--out", help="folder of this run; default the next free out/sample_NNN")
     p.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out; what the "
                    "command line leaves out is as it was")
@@ -148,6 +158,13 @@ def parse(argv):
                    "go on with more into the same --out")
     p.add_argument("--split", default="test", choices=("val", "test"),
                    help="which worlds: choose settings on val, report on test")
+
+
+def parse(argv):
+    """The command line of sample.py."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add_flags in (content_flags, method_flags, drift_flags, model_flags, output_flags):
+        add_flags(p)
     p.set_defaults(known=0)   # frames that were finished before --extend
     args = p.parse_args(argv)
     if args.resume or args.extend is not None:
@@ -781,9 +798,9 @@ def write_video(folder, n_frames, fps):
         elif os.path.exists(name):
             os.remove(name)   # it shows the video before it was extended
     write_mp4(folder, fps)
-    shown = np.linspace(0, n_frames - 1, min(32, n_frames)).round().astype(int)
-    rows = [read_frames(folder, shown[i:i + 8]) for i in range(0, len(shown), 8)]
-    labels = [f"frame {shown[i] + 1}" for i in range(0, len(shown), 8)]
+    picked = np.linspace(0, n_frames - 1, min(32, n_frames)).round().astype(int)
+    rows = [read_frames(folder, picked[i:i + 8]) for i in range(0, len(picked), 8)]
+    labels = [f"frame {picked[i] + 1}" for i in range(0, len(picked), 8)]
     with data.complete(os.path.join(folder, "sheet.png")) as path:
         data.contact_sheet(rows, max(1, 128 // rows[0].shape[1]), labels).save(path)
 
@@ -892,8 +909,8 @@ def read_inputs(args, size, world, borders):
         pictures[0] = world.video([0]) if world else read_image(args.image, size)
     prompt = args.prompt
     if prompt is None:
-        shown = world or (data.SkyWorld(abs(args.seed)) if args.preset == "tiny" else None)
-        prompt = shown.caption() if shown else ""
+        world = world or (data.SkyWorld(abs(args.seed)) if args.preset == "tiny" else None)
+        prompt = world.caption() if world else ""
     prompts = {0: prompt} | by_frame(args.prompts, "prompts")
     return pictures, [prompts[border] for border in borders]
 

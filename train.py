@@ -54,10 +54,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
 
-def parse(argv):
-    """The command line of train.py. Defaults are the tiny preset on the sky world."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what to train
+def run_flags(p):
+    """What to train."""
     p.add_argument("--stage", required=True, choices=("vae", "image", *VIDEO_STAGES))
     p.add_argument("--preset", default="tiny", choices=list(PRESETS))
     p.add_argument("--weights", help="what to start from; default assets/tiny.safetensors, and nothing for "
@@ -69,7 +67,10 @@ def parse(argv):
                    "sample.py")
     p.add_argument("--resume", metavar="auto|FILE",
                    help="go on from the checkpoint in --out (auto) or from a file")
-    # data
+
+
+def data_flags(p):
+    """What to train it on."""
     p.add_argument("--data", metavar="DIR", help="folder that data.py has prepared and encoded (--prepare, "
                    "--cache), instead of sky worlds; for the video stages")
     p.add_argument("--drop", metavar="LIST", help="clips of --data not to train on: data.py --drop_hardest")
@@ -91,7 +92,10 @@ def parse(argv):
                    "0.5 is usual, for a finished model (--temporal) and a small --learning_rate")
     p.add_argument("--caption_dropout", type=float, default=0.1,
                    help="share of examples without a caption, for guidance")
-    # optimisation
+
+
+def optimisation_flags(p):
+    """How to train it."""
     p.add_argument("--max_steps", type=int, help="optimizer steps of the whole run")
     p.add_argument("--batch_size", type=int,
                    help="halve it when memory runs out, and double --gradient_accumulation_steps")
@@ -112,7 +116,10 @@ def parse(argv):
                    "in it too. Default: no for tiny, auto for sd15")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    # memory: README.md has what each saves and what it costs
+
+
+def memory_flags(p):
+    """What to save memory with: README.md has what each saves and what it costs."""
     p.add_argument("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th "
                    "stage of the UNet instead of storing it: 1 saves the most memory and costs about a third "
                    "more time; 0: off. Default: 0 for tiny, 1 for sd15")
@@ -130,7 +137,10 @@ def parse(argv):
                    "unpacked whenever they are used")
     p.add_argument("--lora_rank", type=int, default=0, metavar="R", help="train the spatial attentions too, "
                    "by a LoRA of this rank in a file of its own, for sample.py --lora; 0: none")
-    # speed, and several processes: torchrun starts them, and --batch_size is what they share
+
+
+def process_flags(p):
+    """Speed, and several processes: torchrun starts them, and --batch_size is what they share."""
     p.add_argument("--compile", action="store_true", help="torch.compile every stage of the UNet by itself; "
                    "pays after minutes, and needs a C++ compiler on the CPU")
     p.add_argument("--profile", action="store_true",
@@ -139,7 +149,10 @@ def parse(argv):
                    "gradients and of optimizer state: less memory, more traffic; for the video stages")
     p.add_argument("--pipeline", action="store_true", help="two processes make one UNet, the way down and "
                    "the way up: half of the activations each, 4 processes are two pairs; for video stages")
-    # once in a while
+
+
+def report_flags(p):
+    """What to look at once in a while, or before."""
     p.add_argument("--val_every", type=int, default=250)
     p.add_argument("--sample_every", type=int, default=1000,
                    help="steps between contact sheets; 0: only at the end")
@@ -148,6 +161,13 @@ def parse(argv):
                    help="print what would be trained and the memory it would take, touch nothing, and stop")
     p.add_argument("--vram", type=float, metavar="GB", help="with --dry_run: does it fit on a GPU with so "
                    "much memory, and which flags to add if not")
+
+
+def parse(argv):
+    """The command line of train.py. Defaults are the tiny preset on the sky world."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add_flags in (run_flags, data_flags, optimisation_flags, memory_flags, process_flags, report_flags):
+        add_flags(p)
     args = p.parse_args(argv)
     names, sd15 = ("max_steps", "batch_size", "learning_rate", "worlds"), args.preset == "sd15"
     defaults = dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage]))
@@ -157,17 +177,12 @@ def parse(argv):
             setattr(args, name, value)
     args.out = args.out or os.path.join("out", args.stage)
     args.data_hash = None   # of the clips of --data, when they have been found
-    if args.data and args.stage not in VIDEO_STAGES:
-        raise ValueError(f"--data is for the stages {', '.join(VIDEO_STAGES)}, found --stage {args.stage}: "
-                         "leave --data away")
-    if args.error_bank and args.stage not in VIDEO_STAGES:
-        raise ValueError(f"--error_bank is for the stages {', '.join(VIDEO_STAGES)}, found --stage "
-                         f"{args.stage}: leave it away")
+    for name in ("data", "error_bank", "lora_rank"):
+        if getattr(args, name) and args.stage not in VIDEO_STAGES:
+            raise ValueError(f"--{name} is for the stages {', '.join(VIDEO_STAGES)}, found --stage "
+                             f"{args.stage}: leave --{name} away")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give it as --data")
-    if args.lora_rank and args.stage not in VIDEO_STAGES:
-        raise ValueError(f"--lora_rank is for the stages {', '.join(VIDEO_STAGES)}, where the image model is "
-                         f"frozen, found --stage {args.stage}: leave it away")
     if args.weights is None and args.stage != "vae":
         args.weights = TINY_WEIGHTS
     return args
@@ -237,6 +252,15 @@ def prepare_data(args, model, split, device):
         return image_batch
     shapes = data.window_shapes(args.stage, args.frames, args.max_stride)
     return lambda step: clips.windows(shapes, args.seed, step, args.batch_size)
+
+
+def prepare_batches(args, model, device, rank, world):
+    """What to train on, a function (number of the batch) -> batch, and four batches to validate on."""
+    with in_turn(rank, world):
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+        next_batch = data.prefetch(prepare_data(args, model, "train", device))
+        val_batch = prepare_data(args, model, "val", device)
+    return next_batch, [val_batch(step) for step in range(4)]
 
 
 def fingerprint(network):
@@ -520,7 +544,9 @@ def in_turn(rank, world):
 
 
 def add_up(number, device):
-    """The sum of a number over all processes."""
+    """The sum of a number over all processes, if there are several."""
+    if not dist.is_initialized():
+        return number
     total = torch.tensor(number, device=device)
     dist.all_reduce(total)
     return total.item()
@@ -584,6 +610,7 @@ class Half(nn.Module):
 
     def forward(self, *learned, **batch):
         def second_half(x, t, context, frames, given, with_guess):
+            """What is called like the UNet, and goes on from what the first half has learned."""
             return self.unet.decode(x, t, context, window._replace(emb=learned[0]), *learned[1:])
 
         x_t, t = noised(self.schedule, batch)
@@ -1206,11 +1233,7 @@ def main(argv=None):
         return write_scores(args, model, device)
     check_out(args)
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
-    with in_turn(rank, world):
-        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-        next_batch = data.prefetch(prepare_data(args, model, "train", device))
-        val_batch = prepare_data(args, model, "val", device)
-    batches = [val_batch(step) for step in range(4)]
+    next_batch, batches = prepare_batches(args, model, device, rank, world)
     if args.compile:
         compile_stages(model.unet, device)
     spare = shard(model.unet) if args.shard else None
@@ -1259,7 +1282,7 @@ def main(argv=None):
 
         # forward, backward
         loss, waited = accumulate(objective, next_batch, step, args, device, scaler)
-        loss = add_up(loss, device) / parts if world > 1 else loss
+        loss = add_up(loss, device) / parts
         if loss != loss:
             raise SystemExit(f"loss is not a number at step {step} of stage {args.stage}: resume from "
                              f"{checkpoint_path} with half the --learning_rate, or with --mixed_precision no")
