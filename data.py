@@ -318,14 +318,15 @@ class Clips:
     def windows(self, shapes, seed, step, batch_size):
         """Random windows of the shapes that the planners ask for, each at a random place of a random clip.
 
-        shapes: lists of `schedule.Window`; every list is drawn from equally often, so that the few windows
-        that start a plan count as much as the many that fill it. The windows of a batch have one length, or
-        they would not stack. Returns what `stack` does. ValueError if a window fits in no clip."""
+        shapes: [(share, windows)], lists of `schedule.Window` and how often each is drawn from, so that the
+        few windows that start a plan count for more than the many that fill it. The windows of a batch have
+        one length, or they would not stack. Returns what `stack` does. ValueError if a window fits in no
+        clip."""
         rng = np.random.default_rng([seed, step])
         pick = lambda options: options[rng.integers(len(options))]
-        rows, length = [], None
+        rows, length, shares = [], None, np.array([share for share, _ in shapes])
         while len(rows) < batch_size:
-            window = pick(pick(shapes))
+            window = pick(shapes[rng.choice(len(shapes), p=shares / shares.sum())][1])
             if len(window.frames) != (length or len(window.frames)):
                 continue
             length = len(window.frames)
@@ -407,21 +408,30 @@ def prefetch(draw):
 
 
 def window_shapes(stage, n_frames, max_stride=16):
-    """Lists of windows that a video stage trains on, one list per stage and source.
+    """What a video stage trains on: [(share, windows)], lists of windows and how often each is drawn from.
 
-    Each is drawn from equally often. The sources are both planners at the full length, and the ladder at a
-    half and a quarter of it: short videos are asked for too; and where keys may be more than 16 frames apart,
-    the ladder with such keys besides. A source may have no window of a stage (the ladder needs none that
-    extrapolates up to 97 frames)."""
+    The sources are both planners at the full length, and the ladder at a half and a quarter of it: short
+    videos are asked for too; and where keys may be more than 16 frames apart, the ladder with such keys
+    besides. A source has a list for each stage, and for its coarse and fine fills, where it has any (the
+    ladder needs no window that extrapolates up to 97 frames).
+
+    One window starts a video, and all others build on it. It is the hardest too, and the others hardly help
+    to learn it; fills between frames that are nearly alike are soon known. So the shares differ, most of all
+    those of the ladder at the full length, which is the default."""
     schedule.training_windows(stage, n_frames)             # says so if there is nothing to train on at all
-    lists = []
+    default = {"starter": 6, "extrap": 1, "coarse": 6, "fine": 2}
     shorter = tuple(n for n in (n_frames // 2, n_frames // 4) if n > 1)
-    sources = [("ladder", n_frames, 16), ("seed", n_frames, 16), ("ladder", shorter, 16)]
-    for planner, lengths, stride in sources + [("ladder", n_frames, max_stride)] * (max_stride > 16):
-        windows = schedule.training_windows("video", lengths, (planner,), stride) if lengths else []
-        lists += [[window for window in windows if window.stage == wanted] for wanted in schedule.STAGES
-                  if stage in (wanted, "video")]
-    return [windows for windows in lists if windows]
+    sources = [("ladder", n_frames, 16, default), ("seed", n_frames, 16, dict.fromkeys(default, 2)),
+               ("ladder", shorter, 16, dict.fromkeys(default, 1)), ("ladder", n_frames, max_stride, default)]
+    shapes = []
+    for planner, lengths, stride, shares in sources if max_stride > 16 else sources[:3]:
+        kinds = {kind: [] for kind in default}
+        for window in schedule.training_windows("video", lengths, (planner,), stride) if lengths else []:
+            if stage in (window.stage, "video"):
+                fill = "fine" if window.gap <= 4 else "coarse"
+                kinds[fill if window.stage == "interp" else window.stage].append(window)
+        shapes += [(shares[kind], windows) for kind, windows in kinds.items() if windows]
+    return shapes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -969,7 +979,7 @@ def probes(shapes, n_frames, count=4):
     """What clips are scored on: [(window, place in the clip, 0 to 1)], of windows that fit in n_frames.
 
     Short and long windows of the commonest number of frames; if there are few, each at several places."""
-    windows = {(window.frames, window.new): window for windows in shapes for window in windows
+    windows = {(window.frames, window.new): window for _, windows in shapes for window in windows
                if reach(window) < n_frames}.values()
     size = mode(sorted(len(window.frames) for window in windows))
     alike = [window for window in windows if len(window.frames) == size]
@@ -996,7 +1006,7 @@ def count_windows(stage, lengths, n_frames):
     if longest < shortest_clip(stage):
         return {}
     table = {}
-    for window in (window for windows in window_shapes(stage, longest) for window in windows):
+    for window in (window for _, windows in window_shapes(stage, longest) for window in windows):
         gaps = [b - a for a, b in zip(window.frames, window.frames[1:]) if a in window.new or b in window.new]
         stride, span = mode(sorted(gaps)), reach(window)
         windows, holders, places = table.get(stride, (0, set(), 0))

@@ -567,8 +567,9 @@ class MotionGuess(nn.Module):
 
     Between close frames hardly anything moves by a whole latent, and nothing beats the cubic through two
     given frames on either side, which bends smoothly where straight blends meet in a kink. So the guess is a
-    mixture of that and of what moved, as the network says per latent. With it comes a doubt, the logarithm
-    of its expected error.
+    mixture of that and of what moved, as the network says per latent. What moved is trained by itself too:
+    the mixture soon learns to leave it out, and nothing else would go on to teach it. With the guess comes a
+    doubt, the logarithm of its expected error.
 
     Temporal layers see one pixel at a time and the image model's convolutions are frozen: without this
     nothing that is trained could move a thing farther than one 3x3 conv reaches.
@@ -576,7 +577,7 @@ class MotionGuess(nn.Module):
     `reach`: rows and columns to each side that a latent may come from; on a landscape things move sideways.
     What was farther away is cut off there, and teaches no speed. Columns go around: what leaves on one side
     may come back on the other."""
-    def __init__(self, emb_dim, width=48, reach=(2, 6)):
+    def __init__(self, emb_dim, width=64, reach=(2, 6)):
         super().__init__()
         self.reach, self.size = reach, tuple(2 * r + 1 for r in reach)
         self.conv_in = nn.Conv2d(9 + 4 + 2, width, 3, padding=1)         # hint, blend, where in the frame
@@ -591,7 +592,7 @@ class MotionGuess(nn.Module):
         self.register_buffer("offsets", torch.cartesian_prod(down, across), persistent=False)   # (taps, 2)
 
     def forward(self, window):
-        """An `Around` -> guess, doubt: (b f, 4, h, w) each."""
+        """An `Around` -> guess, what moved, doubt: (b f, 4, h, w) each."""
         n, _, h, w = window.hint.shape
         gains, shifts = rearrange(self.emb(window.emb), "b f (two k c) -> two k (b f) c 1 1", two=2, k=3)
         axes = (torch.linspace(-1, 1, size, device=gains.device) for size in (h, w))
@@ -620,10 +621,11 @@ class MotionGuess(nn.Module):
 
         whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)
         gain, shift, of_frame = self.to_light(whole).split((16, 4, 4), dim=1)
-        lit = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]
         correction, mixture, doubt = self.to_rest(x).chunk(3, dim=1)
+        moved = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]
+        moved = moved + correction
         mixture = (mixture + of_frame[..., None, None]).sigmoid()
-        return window.blend + mixture * (lit + correction - window.blend), doubt
+        return window.blend + mixture * (moved - window.blend), moved, doubt
 
 
 class UNet(nn.Module):
@@ -684,7 +686,7 @@ class UNet(nn.Module):
         x: latents (b, c, f, h, w), or (b, c, h, w) for pictures. t: noise levels (b, f), or (b,).
         context: text (b, 77, d). frames: absolute frame indices (b, f), default 0, 1, 2 ...
         given: (b, f) bool, the frames that are known, default none.
-        with_guess: return the guess (b, 4, f, h, w) beside it, for training.
+        with_guess: return the guess and what moved, (b, 4, f, h, w) each, beside it, for training.
         clips: for a limited scope of attention, and where several processes share the window: then all the
         others are about the frames of this one, and frames and given must be there."""
         if with_guess and (x.dim() == 4 or x.shape[2] < 2 or not temporal):
@@ -702,14 +704,14 @@ class UNet(nn.Module):
         window, clips = None, clips or SharedWindow([f])
         if temporal and clips.total > 1:
             window = self.look_around(x, t, context, frames, given, clips)
-        out, guess = self.decode(x, t, context, window, *self.encode(x, t, context, window))
-        return (out, guess) if with_guess else out
+        out, *guesses = self.decode(x, t, context, window, *self.encode(x, t, context, window))
+        return (out, *guesses) if with_guess else out
 
     def encode(self, x, t, context, window):
-        """The first half, down to the middle: hidden, emb, guess and doubt (None without a window), *skips.
+        """The first half, down to the middle: hidden, emb, what is guessed (None without a window), *skips.
 
         These tensors are all that the second half needs of it: the two may stand on different devices."""
-        guess, doubt = (None, None) if window is None else self.temporal_guess(window)
+        guess, moved, doubt = (None,) * 3 if window is None else self.temporal_guess(window)
         emb = sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype)
         emb = self.time_embed(emb)                                                        # (b f, emb)
         skips, hidden = [], rearrange(x, "b c f h w -> (b f) c h w")
@@ -718,23 +720,24 @@ class UNet(nn.Module):
             if i == 0 and window is not None:
                 hidden = hidden + self.temporal_hint(torch.cat([window.hint, guess], dim=1))
             skips.append(hidden)
-        return self.run(0, self.middle_block, hidden, emb, context, window), emb, guess, doubt, *skips
+        hidden = self.run(0, self.middle_block, hidden, emb, context, window)
+        return hidden, emb, guess, moved, doubt, *skips
 
-    def decode(self, x, t, context, window, hidden, emb, guess, doubt, *skips):
-        """The second half, back up: the answer and the guess (None without a window), like x."""
+    def decode(self, x, t, context, window, hidden, emb, guess, moved, doubt, *skips):
+        """The second half, back up: the answer, the guess and what moved (None without a window), like x."""
         skips = list(skips)
         for i, stage in enumerate(self.output_blocks):
             hidden = self.run(i, stage, hidden, emb, context, window, skips.pop())
         video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=len(x))
         out = video(self.out(hidden))
         if window is None:
-            return out, None
+            return out, None, None
         of_frames = self.temporal_trust(window.emb.flatten(0, 1))[..., None, None]         # (b f, 8, 1, 1)
         trust, frame_doubt = of_frames.chunk(2, dim=1)
         trust = trust.tanh()    # full trust is easily said exactly: what differs per frame flickers
         e = (doubt + frame_doubt).clamp(-6, 1).exp()
         out = lean_on(self.schedule.to(x.device), out, x[:, :4], t, video(trust * guess), video(e))
-        return out, video(guess)
+        return out, video(guess), video(moved)
 
     def stages(self):
         """All stages, in the order they run."""

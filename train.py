@@ -47,7 +47,7 @@ from model import (PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, add_lora, choose_d
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (5000, 6, 2e-3, 768),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (7500, 6, 2e-3, 768),
             "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
 SD15_DEFAULTS = (20_000, 1, 1e-4, 0)              # of its video stages: a place to start from, not measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -350,19 +350,19 @@ def noised(schedule, batch):
 
 
 def diffusion_errors(unet, schedule, batch, args, bank=None):
-    """Errors of the UNet's answer, and of its guess at the clean frames: (b, c, f, h, w), 0 on given frames.
+    """Errors of the UNet's answer, and a list of those of its guess at the clean frames and of what moved.
 
-    `unet`: a function called like it. A single frame has no neighbours to guess from: None. bank: an
-    ErrorBank to fill."""
+    (b, c, f, h, w) each, 0 on given frames. `unet`: a function called like it. A single frame has no
+    neighbours to guess from: []. bank: an ErrorBank to fill."""
     x0, given, context = batch["latents"], batch["given"], batch["context"]
     x_t, t = noised(schedule, batch)
     target, new = schedule.target(x0, t, batch["eps"]), ~given[:, None, :, None, None]
     if args.stage not in VIDEO_STAGES:
-        return (unet(x_t, t, context, temporal=False).float() - target) * new, None
-    output, guess = unet(x_t, t, context, batch["frames"], given, with_guess=True)
+        return (unet(x_t, t, context, temporal=False).float() - target) * new, []
+    output, *guesses = unet(x_t, t, context, batch["frames"], given, with_guess=True)
     if bank:
         bank.add(schedule.to_x0(x_t, t, output.detach().float()) - x0, given)
-    return (output.float() - target) * new, (guess.float() - x0) * new
+    return (output.float() - target) * new, [(guess.float() - x0) * new for guess in guesses]
 
 
 def mean_square(error, given):
@@ -437,13 +437,13 @@ def training_loss(model, schedule, batch, args, bank=None):
 def denoising_loss(unet, schedule, batch, args, bank=None):
     """The same where noise is taken off by a function called like the UNet.
 
-    Video stages go by relative errors, that of the guess beside that of the answer."""
-    error, guess_error = diffusion_errors(unet, schedule, batch, args, bank)
+    Video stages go by relative errors, those of the guess and of what moved beside that of the answer."""
+    error, guess_errors = diffusion_errors(unet, schedule, batch, args, bank)
     weight = min_snr_weight(schedule, batch["t_new"], args.snr_gamma) if args.snr_gamma else 1
     loss = weight * mean_square(error, batch["given"])
     descend = loss
     if args.stage in VIDEO_STAGES:
-        descend = weight * relative(error, batch, 1e-4) + relative(guess_error, batch, 2e-5)
+        descend = weight * relative(error, batch, 1e-4) + sum(relative(e, batch, 2e-5) for e in guess_errors)
     return descend.mean(), loss.mean()
 
 
@@ -487,7 +487,7 @@ def write_scores(args, model, device):
                          "--temporal")
     schedule = NoiseSchedule(model.config.prediction, model.config.zero_terminal_snr).to(device)
     shapes = data.window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
-    shortest = min(data.reach(window) for windows in shapes for window in windows) + 1
+    shortest = min(data.reach(window) for _, windows in shapes for window in windows) + 1
     scored = [i for i, length in enumerate(clips.lengths) if length >= shortest]   # the others train nothing
     rows, probes = [], data.probes(shapes, min(clips.lengths[i] for i in scored))
     for i in tqdm(scored, desc="scoring", unit="clip"):
@@ -1042,7 +1042,7 @@ def print_prediction(args):
     f = 1
     if args.stage in VIDEO_STAGES:
         shapes = data.window_shapes(args.stage, args.frames, args.max_stride)
-        f = max(len(window.frames) for windows in shapes for window in windows)
+        f = max(len(window.frames) for _, windows in shapes for window in windows)
     parts = predict_memory(args, f)
     total = lambda parts: sum(parts.values()) / 1e9
     print(f"memory of a step on {args.batch_size} x {f} frames, {args.mixed_precision}:")

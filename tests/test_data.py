@@ -102,7 +102,7 @@ def test_a_day_later_the_light_is_the_same():
 
 def test_batches_are_pure_functions_of_seed_and_step(tmp_path, small_config):
     """Asked twice, in another order, a batch is the same; another step or seed gives another."""
-    source, shapes = clips(tmp_path), [schedule.training_windows("interp", 121)]
+    source, shapes = clips(tmp_path), [(1, schedule.training_windows("interp", 121))]
     for draw in (lambda seed, step: data.picture_batch("train", seed, step, 6, 64),
                  lambda seed, step: source.images(seed, step, 6)[0],
                  lambda seed, step: source.windows(shapes, seed, step, 6)["latents"]):
@@ -117,7 +117,7 @@ def test_windows_are_cut_from_the_clip_at_the_distances_of_the_plan(tmp_path):
 
     given and user are as planned."""
     source = clips(tmp_path, worlds=1)
-    shapes = [schedule.training_windows("video", 121, ("ladder",))]
+    shapes = [(1, schedule.training_windows("video", 121, ("ladder",)))]
     for step in range(40):
         batch = source.windows(shapes, 0, step, 2)
         columns = (batch[key] for key in ("latents", "frames", "given", "user"))
@@ -127,8 +127,30 @@ def test_windows_are_cut_from_the_clip_at_the_distances_of_the_plan(tmp_path):
                        if torch.equal(all_latents[:, frames + shift], latents)]
             assert len(matches) == 1
             assert any(set(frames.tolist()) == set(w.frames)
-                       and given.tolist() == [f not in w.new for f in w.frames] for w in shapes[0])
+                       and given.tolist() == [f not in w.new for f in w.frames] for w in shapes[0][1])
             assert not (user & ~given).any() and (user | (frames != 0)).all()
+
+
+def test_windows_are_drawn_as_often_as_their_share_says(tmp_path):
+    """Three times as often from a list with three times the share, whatever the number of windows in it."""
+    source = clips(tmp_path, worlds=1)
+    often = [schedule.Window((0, 1, 2), (1,), "interp", 0, ())]
+    seldom = [schedule.Window((0, 1, n), (1,), "interp", 0, ()) for n in (5, 6, 7, 8)]
+    drawn = source.windows([(3, often), (1, seldom)], 0, 0, 2000)["frames"][:, 2]
+    assert abs((drawn == 2).float().mean() - 0.75) < 0.03 and all((drawn == n).any() for n in (5, 6, 7, 8))
+
+
+def test_training_has_a_list_for_whatever_sampling_asks_for():
+    """Every window of both plans, at full length and at a half and a quarter of it, and each stage alone."""
+    shape = lambda window: tuple(tuple(frame - window.frames[0] for frame in part)
+                                 for part in (window.frames, window.new))
+    shown = {shape(window) for _, windows in data.window_shapes("video", 121) for window in windows}
+    asked = [plan(n) for plan, n in ((schedule.ladder, 121), (schedule.ladder, 60), (schedule.ladder, 30),
+                                     (schedule.seed, 121))]
+    assert all(shape(window) in shown for plan in asked for window in plan if max(window.frames) < 121)
+    for stage in schedule.STAGES:
+        for share, windows in data.window_shapes(stage, 121):
+            assert share > 0 and windows and {window.stage for window in windows} == {stage}
 
 
 def test_the_cache_is_made_once_and_again_when_the_vae_changes(tmp_path):
@@ -444,13 +466,13 @@ def test_short_clips_are_drawn_from_as_far_as_they_reach():
     clips = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), [False] * 3,
                        lambda i, places, mirrored: (100 * i + places).float()[None, :, None, None],
                        lambda i, place: str(i))
-    shapes = [[schedule.Window((3, 5, 11), (5,), "interp", 0, ())]]   # over 9 frames
+    shapes = [(1, [schedule.Window((3, 5, 11), (5,), "interp", 0, ())])]   # over 9 frames
     seen = [clips.windows(shapes, 0, step, 2)["latents"][:, 0, :, 0, 0].tolist() for step in range(60)]
     starts = {int(row[0]) for batch in seen for row in batch}
     assert starts == {100, 200, 201, 202, 203}
     assert all(row == [row[0], row[0] + 2, row[0] + 8] for batch in seen for row in batch)
     with pytest.raises(ValueError, match="over 21 frames fits in no clip, the longest has 12"):
-        clips.windows([[schedule.Window((0, 20), (20,), "starter", 0, ())]], 0, 0, 1)
+        clips.windows([(1, [schedule.Window((0, 20), (20,), "starter", 0, ())])], 0, 0, 1)
 
 
 def test_sources_are_never_split_between_training_and_validation():
@@ -470,7 +492,7 @@ def test_check_says_what_training_will_find(tmp_path, prepared, capsys):
     said = capsys.readouterr().out
     assert "6 clips of 6 sources, 240 frames of 64x64 pixels at 5 fps" in said
     assert "the longest clip has 40 frames, plans for 121 need 121" in said
-    shapes = [window for windows in data.window_shapes("extrap", 40) for window in windows]
+    shapes = [window for _, windows in data.window_shapes("extrap", 40) for window in windows]
     places = 6 * sum(40 - window.frames[-1] + window.frames[0] for window in shapes)
     assert data.count_windows("extrap", [40] * 6, 121) == {4: (len(shapes), 6, places)}
     assert data.count_windows("extrap", [18] * 6, 121) == {}

@@ -203,12 +203,12 @@ def test_the_guess_is_the_given_frames_moved_by_speed_times_distance():
     unet.temporal_guess.to_speed.bias[:] = torch.tensor([0.5, -1.0]) / 0.05   # latents per frame: down, left
     given = torch.tensor([[0, 1, 0, 1, 0]]).bool()
     window = unet.look_around(x, t, context, torch.tensor([[0, 2, 4, 6, 8]]), given, SharedWindow([F]))
-    guess, _ = unet.temporal_guess(window)
+    guess, moving, _ = unet.temporal_guess(window)
     rows = lambda down: (torch.arange(8) - down).clamp(0, 7)
     moved = lambda frame, down, across: x[0, :, frame, rows(down)].roll(across, dims=2)
     two = (moved(1, 1, -2) + moved(3, -1, 2)) / 2
     wanted = torch.stack([moved(1, -1, 2), x[0, :, 1], two, x[0, :, 3], moved(3, 1, -2)])
-    assert largest(guess, wanted) <= 1e-5
+    assert largest(guess, wanted) <= 1e-5 and largest(moving, wanted) <= 1e-5
     unet.temporal_trust.bias[:4] = 9                          # go by the guess,
     unet.temporal_trust.bias[4:] = -9                         # with hardly a doubt
     answer = unet(x, torch.full((1, F), 999), context, torch.tensor([[0, 2, 4, 6, 8]]), given)
