@@ -60,7 +60,8 @@ HISTORY_LEVEL = 250         # of given frames where history guidance leads away 
 FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
 # guidance of both, noise of frames the model made
-DEFAULTS = {"tiny": (10, 1, 1.5, 1.0, "none"), "sd15": (30, 30, 7.5, 7.5, "nsr=0.33")}
+DEFAULTS = {"tiny": (10, 1, 1.5, 1.0, "none", "smooth"),
+            "sd15": (30, 30, 7.5, 7.5, "nsr=0.33", "plain")}
 
 
 def content_flags(p):
@@ -110,6 +111,9 @@ def method_flags(p):
                    "abar=..., t=94 or none; default none for tiny, nsr=0.33 for sd15")
     p.add_argument("--context_noise", default="add", choices=("add", "label", "none"), help="add: noise is "
                    "put on these frames; label: the network is only told so; none: neither")
+    p.add_argument("--joins", choices=("plain", "smooth"), help="smooth: frames where two windows meet are "
+                   "shown as the cubic through their neighbours, which hides the bend there but blurs what "
+                   "moves fast; default smooth for tiny, plain for sd15")
 
 
 def drift_flags(p):
@@ -120,8 +124,6 @@ def drift_flags(p):
                    "its ends with so much noise, t=600 for example, and not from pure noise (none)")
     p.add_argument("--history_guidance", type=float, default=1.0, metavar="SCALE", help="lead away from what "
                    "the network says if given frames are noisier; 1 is off and twice as fast")
-    p.add_argument("--joins", default="plain", choices=("plain", "smooth"), help="smooth: frames where two "
-                   "windows meet are shown as the cubic through their neighbours, which hides the bend there")
     p.add_argument("--match_colours", type=float, default=0.0, metavar="SHARE", help="move mean and "
                    "deviation of each colour to those of the first frame, 0 to 1; only where the light never "
                    "changes")
@@ -169,7 +171,7 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.resume or args.extend is not None:
         args = continued(p, argv, args)
-    for name, value in zip(("steps", "fill_steps", "guidance_scale", "fill_guidance_scale", "aug"),
+    for name, value in zip(("steps", "fill_steps", "guidance_scale", "fill_guidance_scale", "aug", "joins"),
                            DEFAULTS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)

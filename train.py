@@ -48,7 +48,7 @@ from model import (PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, add_lora, choose_d
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
 DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (7500, 6, 2e-3, 768),
-            "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (150, 6, 2e-3, 96)}
+            "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (240, 6, 2e-3, 96)}
 SD15_DEFAULTS = (20_000, 1, 1e-4, 0)              # of its video stages: a place to start from, not measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range

@@ -391,8 +391,8 @@ def test_smooth_joins_show_a_cubic_and_change_nothing_else(tmp_path, restless_we
 
     Image.new("RGB", (64, 64), (200, 40, 40)).save(tmp_path / "a.png")
     keys = ["--keyframes", f"0:{tmp_path / 'a.png'}", f"8:{tmp_path / 'a.png'}", "--decode_chunk", "3"]
-    plain = run(tmp_path, restless_weights, *keys, name="plain")
-    smooth = run(tmp_path, restless_weights, *keys, "--joins", "smooth", name="smooth")
+    plain = run(tmp_path, restless_weights, *keys, "--joins", "plain", name="plain")
+    smooth = run(tmp_path, restless_weights, *keys, name="smooth")                # the default of tiny
     changed = [i for i, (a, b) in enumerate(zip(pixels(plain), pixels(smooth))) if not np.array_equal(a, b)]
     assert changed == [i for i in sample.joins(ladder(20, given=(0, 8)), 20) if i != 8] and changed
     latents = [(folder / "latents.safetensors").read_bytes() for folder in (plain, smooth)]
