@@ -170,8 +170,9 @@ def test_each_stage_file_makes_the_windows_of_its_stage(tmp_path, small_weights,
     model = load_weights(restless_weights)
     stage_file = str(tmp_path / "interp.safetensors")
     save_weights(stage_file, model, torch.float32, parts=("unet",), only=is_temporal, stage="interp")
-    plain = pixels(run(tmp_path, small_weights, name="plain", frames=30))
-    mixed = pixels(run(tmp_path, small_weights, "--temporal", stage_file, name="mixed", frames=30))
+    plainly = ("--joins", "plain")                     # or keys would show what is filled around them
+    made = lambda name, *more: pixels(run(tmp_path, small_weights, *plainly, *more, name=name, frames=30))
+    plain, mixed = made("plain"), made("mixed", "--temporal", stage_file)
     keys = [frame for window in ladder(30) if window.stage == "starter" for frame in window.new]
     filled = [frame for window in ladder(30) if window.stage == "interp" for frame in window.new]
     assert keys and filled
