@@ -172,9 +172,8 @@ def test_every_stage_runs_from_nothing_to_a_model_that_loads(tmp_path, small_con
 
 
 def test_loss_falls_when_one_batch_is_seen_again_and_again(tmp_path, small_weights, monkeypatch):
-    """Overfitting one batch with fixed noise.
-
-    Temporal layers alone bring the loss well below that of the image model."""
+    """Overfitting one batch with fixed noise: within 150 steps temporal layers alone bring the loss to a fifth
+    of that of the image model."""
     args = train.parse(arguments(tmp_path, small_weights))
     model = train.prepare_model(args)
     trainable = train.trainable_parameters(model, "interp")
@@ -191,6 +190,8 @@ def test_loss_falls_when_one_batch_is_seen_again_and_again(tmp_path, small_weigh
         descend.backward()
         optimizer.step()
         losses.append(loss.item())
+        if losses[-1] < losses[0] / 5:
+            break
     assert losses[-1] < losses[0] / 5
 
 
