@@ -325,8 +325,9 @@ class Clips:
         rng = np.random.default_rng([seed, step])
         pick = lambda options: options[rng.integers(len(options))]
         rows, length, shares = [], None, np.array([share for share, _ in shapes])
+        shares = shares / shares.sum()
         while len(rows) < batch_size:
-            window = pick(shapes[rng.choice(len(shapes), p=shares / shares.sum())][1])
+            window = pick(shapes[rng.choice(len(shapes), p=shares)][1])
             if len(window.frames) != (length or len(window.frames)):
                 continue
             length = len(window.frames)

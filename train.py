@@ -1215,6 +1215,28 @@ def finish(model, schedule, args, minutes, val, batches, device):
     print(f"wrote {path} and {args.out}/samples/final.png\nnext: {say}")
 
 
+def turns(step, args):
+    """Whether it is time to validate, and to draw a sheet of samples."""
+    return (step % args.val_every == 0 or step == args.max_steps,
+            bool(args.sample_every and step and step % args.sample_every == 0))
+
+
+def look_at(model, schedule, batches, step, args, device, write):
+    """Do what a step is the turn for, with the weights that are in the model.
+
+    Says the validation loss with write(text), and returns it as columns of log.csv."""
+    validate, draw = turns(step, args)
+    columns = {}
+    if validate:
+        val, quarters = validation_loss(model, schedule, batches, args, device)
+        columns = {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
+        by_quarter = " ".join(f"{q:.4f}" for q in quarters)
+        write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
+    if draw:
+        sample_sheet(f"{args.out}/samples/{step:06d}.png", model, schedule, batches[0], args, device)
+    return columns
+
+
 def main(argv=None):
     """Parse, prepare, loop. Every block of the loop starts with what it does."""
     args = parse(argv)
@@ -1256,18 +1278,11 @@ def main(argv=None):
         # once in a while: validate and show the averaged weights, save everything
         last = step == args.max_steps
         row = {"step": step}
-        if step % args.val_every == 0 or last:
+        if any(turns(step, args)):
             with averaged(ema, trainable, model, spare):
                 if rank == 0:
-                    val, quarters = validation_loss(model, schedule, batches, args, device)
-                    row |= {"val_loss": val, **{f"val_q{i + 1}": q for i, q in enumerate(quarters)}}
-                    by_quarter = " ".join(f"{q:.4f}" for q in quarters)
-                    progress.write(f"step {step:6d}/{args.max_steps} | val_loss {val:.4f} [{by_quarter}]")
-        if args.sample_every and step and step % args.sample_every == 0:
-            with averaged(ema, trainable, model, spare):
-                if rank == 0:
-                    sheet = f"{args.out}/samples/{step:06d}.png"
-                    sample_sheet(sheet, model, schedule, batches[0], args, device)
+                    row |= look_at(model, schedule, batches, step, args, device, progress.write)
+                    val = row.get("val_loss", val)
         if step and (step % args.save_every == 0 or last):
             log_file.flush()
             save_checkpoint(checkpoint_path, masters, ema, optimizer, scaler, step, model, args, rank, bank)

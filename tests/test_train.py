@@ -172,8 +172,9 @@ def test_every_stage_runs_from_nothing_to_a_model_that_loads(tmp_path, small_con
 
 
 def test_loss_falls_when_one_batch_is_seen_again_and_again(tmp_path, small_weights, monkeypatch):
-    """Overfitting one batch with fixed noise: within 150 steps temporal layers alone bring the loss to a fifth
-    of that of the image model."""
+    """Overfitting one batch with fixed noise.
+
+    Within 150 steps temporal layers alone bring the loss to a fifth of that of the image model."""
     args = train.parse(arguments(tmp_path, small_weights))
     model = train.prepare_model(args)
     trainable = train.trainable_parameters(model, "interp")
