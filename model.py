@@ -311,14 +311,14 @@ class PseudoConv3d(Conv2d):
             return x
         clips = window.clips
         wide = clips.fetch(x.unflatten(0, (window.b, window.f)), clips.halo, dim=1).flatten(0, 1)
-        taps = self.temporal(wide)
-        before, here, after = rearrange(taps, "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
+        taps = self.temporal(wide).unflatten(0, (window.b, -1))
+        before, here, after = taps.chunk(3, dim=2)
         fade = window.gap[..., None] ** -self.temporal_falloff                            # (b, halo-1, c)
         fade = fade[..., None, None].to(x.dtype)
-        out = here.clone()
-        out[:, 1:] = out[:, 1:] + before[:, :-1] * fade
-        out[:, :-1] = out[:, :-1] + after[:, 1:] * fade
-        return x + rearrange(out[:, clips.in_halo], "b f c h w -> (b f) c h w")
+        out = wide.unflatten(0, (window.b, -1)) + here
+        out[:, 1:].addcmul_(before[:, :-1], fade)
+        out[:, :-1].addcmul_(after[:, 1:], fade)
+        return out[:, clips.in_halo].flatten(0, 1)
 
 
 class TemporalAttention(nn.Module):
@@ -336,19 +336,19 @@ class TemporalAttention(nn.Module):
         self.to_out = zero(nn.Linear(channels, channels))
 
     def forward(self, x, window):
-        h, w, clips = *x.shape[-2:], window.clips
-        tokens = rearrange(x, "(b f) c h w -> b (h w) f c", b=window.b)
-        tokens = self.norm(tokens) + self.emb(window.emb)[:, None]
-        tokens = clips.fetch(tokens, clips.seen, dim=2)      # half as much to send as keys and values
+        h, clips = x.shape[-2], window.clips
+        tokens = rearrange(x, "(b f) c h w -> b f (h w) c", b=window.b)
+        tokens = self.norm(tokens) + self.emb(window.emb)[:, :, None]
+        tokens = clips.fetch(tokens, clips.seen, dim=1)      # half as much to send as keys and values
         qkv = self.to_qkv(tokens)
-        q, k, v = rearrange(qkv, "b n f (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
+        q, k, v = rearrange(qkv, "b f n (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
         q = q[:, :, clips.in_seen]
         bias = self.bias(distance_embedding(window.distance).to(q.dtype))     # (b, f, seen, heads)
         if clips.mask is not None:
             bias = bias + clips.mask[..., None].to(bias)
-        bias = repeat(bias, "b i j heads -> (b n) heads i j", n=h * w)
-        out = rearrange(attention(q, k, v, bias), "(b n) heads f d -> b n f (heads d)", b=window.b)
-        return x + rearrange(self.to_out(out), "b (h w) f c -> (b f) c h w", h=h)
+        bias = repeat(bias, "b i j heads -> (b n) heads i j", n=tokens.shape[2])
+        out = rearrange(attention(q, k, v, bias), "(b n) heads f d -> b f n (heads d)", b=window.b)
+        return x + rearrange(self.to_out(out), "b f (h w) c -> (b f) c h w", h=h)
 
 
 class ResBlock(nn.Module):
@@ -394,21 +394,35 @@ class CrossAttention(nn.Module):
         return self.to_out(out)
 
 
+class Gate(torch.autograd.Function):
+    """Values and gates (..., 2c) -> values * GELU(gates) (..., c), keeping its input and nothing else.
+
+    Left to autograd, GELU(gates) is kept too, and the gradients of the two halves are copied together."""
+    @staticmethod
+    def forward(ctx, both):
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        both, = ctx.saved_tensors
+        x, gate = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        of_x, of_gate = out.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=of_x)
+        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=of_gate)
+        return out
+
+
 class GEGLU(nn.Module):
     """A linear layer whose second half gates the first (Shazeer 2002.05202)."""
-    again = False    # see `cheap`
-
     def __init__(self, c_in, c_out):
         super().__init__()
         self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x):
-        return cheap(self.again, self.gated, self.proj(x))
-
-    def gated(self, both):
-        """Values and gates (..., 2c) -> (..., c)."""
-        x, gate = both.chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return Gate.apply(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -823,10 +837,10 @@ class EightBit(nn.Module):
 def save_memory(unet, again=False, lean=False, eight_bit=False):
     """Let the UNet keep less for the backward pass, and its frozen layers be smaller; returns it.
 
-    again: run norms, SiLU and GEGLU of the image model twice. lean: frozen convs keep nothing; costs no time.
+    again: run norms and SiLU of the image model twice. lean: frozen convs keep nothing; costs no time.
     eight_bit: frozen weights take a byte per number; they are unpacked for every use, backward pass too."""
     for module in list(unet.modules()):
-        if isinstance(module, (ResBlock, GEGLU)):
+        if isinstance(module, ResBlock):
             module.again = again
         if isinstance(module, (Conv2d, Linear)) and not module.weight.requires_grad:
             module.lean = eight_bit or lean and isinstance(module, Conv2d)

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as M
-from model import (PREFIXES, PRESETS, VAE, Around, Model, PseudoConv3d, SharedWindow, TextEncoder, Tokenizer,
-                   UNet, attention, blend_weights, is_temporal, load_weights, nearest_given, save_weights)
+from model import (PREFIXES, PRESETS, VAE, Around, Gate, Model, PseudoConv3d, SharedWindow, TextEncoder,
+                   Tokenizer, UNet, attention, blend_weights, is_temporal, load_weights, nearest_given,
+                   save_weights)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SD15 = json.loads(gzip.decompress((FIXTURES / "sd15_keys.json.gz").read_bytes()))
@@ -252,6 +253,17 @@ def test_a_training_step_moves_temporal_parameters_only():
     for name, parameter in unet.named_parameters():
         assert (gradients[name] is not None) == is_temporal(name), name
         assert torch.equal(parameter, before[name]) != is_temporal(name), name
+
+
+def test_the_gradient_of_a_gate_is_that_of_its_formula():
+    """Against finite differences, and nothing is kept beside the input."""
+    torch.manual_seed(0)
+    both, kept = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        out = Gate.apply(both)
+    assert torch.equal(out, both[..., :4] * torch.nn.functional.gelu(both[..., 4:]))
+    assert len(kept) == 1 and torch.equal(kept[0], both)
+    assert torch.autograd.gradcheck(Gate.apply, both)
 
 
 def test_attention_in_chunks_is_attention(monkeypatch):
