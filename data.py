@@ -420,10 +420,11 @@ def window_shapes(stage, n_frames, max_stride=16):
     to learn it; fills between frames that are nearly alike are soon known. So the shares differ, most of all
     those of the ladder at the full length, which is the default."""
     schedule.training_windows(stage, n_frames)             # says so if there is nothing to train on at all
-    default = {"starter": 6, "extrap": 1, "coarse": 6, "fine": 2}
-    shorter = tuple(n for n in (n_frames // 2, n_frames // 4) if n > 1)
+    default = {"starter": 6, "extrap": 4, "coarse": 6, "fine": 2}
+    short = {"starter": 1, "extrap": 3, "coarse": 1, "fine": 1}        # they end on windows of their own
+    lengths_of_short = tuple(n for n in ((n_frames + 1) // 2, (n_frames + 3) // 4) if n > 1)
     sources = [("ladder", n_frames, 16, default), ("seed", n_frames, 16, dict.fromkeys(default, 2)),
-               ("ladder", shorter, 16, dict.fromkeys(default, 1)), ("ladder", n_frames, max_stride, default)]
+               ("ladder", lengths_of_short, 16, short), ("ladder", n_frames, max_stride, default)]
     shapes = []
     for planner, lengths, stride, shares in sources if max_stride > 16 else sources[:3]:
         kinds = {kind: [] for kind in default}

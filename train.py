@@ -46,10 +46,11 @@ from model import (PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, add_lora, choose_d
                    keep_activations, load_weights, processes, read_weights, save_memory, save_weights)
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
-# what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0), "image": (2400, 32, 1e-3, 4096), "video": (7500, 6, 2e-3, 768),
-            "starter": (400, 6, 2e-3, 128), "extrap": (400, 6, 2e-3, 128), "interp": (240, 6, 2e-3, 96)}
-SD15_DEFAULTS = (20_000, 1, 1e-4, 0)              # of its video stages: a place to start from, not measured
+# what a stage uses where the command line is silent: steps, batch size, peak learning rate, worlds, frames
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0, 121), "image": (2400, 32, 1e-3, 4096, 121),
+            "video": (8000, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
+            "extrap": (400, 6, 2e-3, 128, 121), "interp": (240, 6, 2e-3, 96, 121)}
+SD15_DEFAULTS = (20_000, 1, 1e-4, 0, 121)         # of its video stages: a place to start from, not measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # of validation, fixed: two per quarter of the noise range
 
@@ -79,9 +80,9 @@ def data_flags(p):
     p.add_argument("--score", metavar="FILE", help="do not train: write the loss of every clip of --data to "
                    "this file, with the temporal layers of --weights or --temporal")
     p.add_argument("--worlds", type=int, help="training worlds whose latents are kept in memory: more is "
-                   "better and slower to prepare; default 4096 for image, 768 for video, else about 100")
-    p.add_argument("--frames", type=int, default=121,
-                   help="length of the training clips: windows of plans for so many frames")
+                   "better and slower to prepare; default 4096 for image, 512 for video, else about 100")
+    p.add_argument("--frames", type=int, help="length of the training clips: windows of plans for so many "
+                   "frames, and for half and a quarter of it; default 481 for video, else 121")
     p.add_argument("--max_stride", type=int, default=16, help="most frames from key to key in windows of the "
                    "ladder; with 64 and --frames 481 or more, sample.py can use --max_stride 64")
     p.add_argument("--aug_max", type=int, default=250, help="highest noise level (0..999) of given frames "
@@ -169,7 +170,7 @@ def parse(argv):
     for add_flags in (run_flags, data_flags, optimisation_flags, memory_flags, process_flags, report_flags):
         add_flags(p)
     args = p.parse_args(argv)
-    names, sd15 = ("max_steps", "batch_size", "learning_rate", "worlds"), args.preset == "sd15"
+    names, sd15 = ("max_steps", "batch_size", "learning_rate", "worlds", "frames"), args.preset == "sd15"
     defaults = dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage]))
     defaults |= {"gradient_checkpointing": int(sd15), "mixed_precision": "auto" if sd15 else "no"}
     for name, value in defaults.items():

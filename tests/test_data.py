@@ -145,7 +145,7 @@ def test_training_has_a_list_for_whatever_sampling_asks_for():
     shape = lambda window: tuple(tuple(frame - window.frames[0] for frame in part)
                                  for part in (window.frames, window.new))
     shown = {shape(window) for _, windows in data.window_shapes("video", 121) for window in windows}
-    asked = [plan(n) for plan, n in ((schedule.ladder, 121), (schedule.ladder, 60), (schedule.ladder, 30),
+    asked = [plan(n) for plan, n in ((schedule.ladder, 121), (schedule.ladder, 61), (schedule.ladder, 31),
                                      (schedule.seed, 121))]
     assert all(shape(window) in shown for plan in asked for window in plan if max(window.frames) < 121)
     for stage in schedule.STAGES:
