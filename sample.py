@@ -673,7 +673,7 @@ def frame_errors(video, truth):
 
 
 def measure(video, truth, world, seams):
-    """All metrics of one video against the truth, (3, f, H, W) in [-1, 1] each: {name: number}.
+    """Metrics of one video against the truth, (3, f, H, W) in [-1, 1] each: {name: number}, `frame_errors`.
 
     "Drift" compares the last 15 % of the frames with the first 15 %. Seam says whether the video moves less
     evenly where windows meet than elsewhere; a video that flickers everywhere hides its seams. So there is
@@ -691,7 +691,7 @@ def measure(video, truth, world, seams):
         "seam": seam_energy(video, seams) / seam_energy(truth, seams) if seams else float("nan"),
         "join": (bends[at].median() / true_bends[at].median()).item() if seams else float("nan"),
         "speed": speed(video, world), "alive": survival(video[:, -part:], world),
-        **{f"psnr {a}-{b - 1}": errors["psnr"][a:b].mean().item() for a, b in spans}}
+        **{f"psnr {a}-{b - 1}": errors["psnr"][a:b].mean().item() for a, b in spans}}, errors
 
 
 def interval(values, seed=0):
@@ -1103,10 +1103,9 @@ def measure_cell(folder, name, cell, numbers, model, sampler):
         truth = world.video(np.arange(cell.frames))
         video = (decoded(cell, model, sampler.device, stores[i], frames, smooth) if stores else
                  baseline(name, truth, model, sampler.device, cell.decode_chunk))
-        errors = frame_errors((video + 1) / 2, (truth + 1) / 2)
-        data.write_whole(path(i), json.dumps({
-            "row": measure(video, truth, world, seams),   # the columns of the table, in order
-            "errors": {key: values.tolist() for key, values in errors.items()}}))
+        row, errors = measure(video, truth, world, seams)
+        data.write_whole(path(i), json.dumps({            # the columns of the table, in order
+            "row": row, "errors": {key: values.tolist() for key, values in errors.items()}}))
 
 
 @torch.no_grad()

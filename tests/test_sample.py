@@ -185,7 +185,7 @@ def test_truth_measured_against_itself_is_perfect():
     for i in range(6):
         world = data.SkyWorld(data.SPLITS["test"] + i)
         truth = world.video(np.arange(61))
-        row = sample.measure(truth, truth, world, sample.joins(plan, 61))
+        row, _ = sample.measure(truth, truth, world, sample.joins(plan, 61))
         assert row["colour"] == 0 and row["sharp"] == 0 and row["flicker"] == 1 and row["seam"] == 1
         assert row["alive"] > 0.95
         speeds.append(row["speed"])
@@ -224,7 +224,7 @@ def test_each_fault_shows_in_its_metric(kind, metric, low, high):
         world = data.SkyWorld(data.SPLITS["test"] + i)
         truth = world.video(np.arange(61))
         video = degraded(kind, truth, world)
-        rows.append(sample.measure(video, truth, world, sample.joins(ladder(61), 61))[metric])
+        rows.append(sample.measure(video, truth, world, sample.joins(ladder(61), 61))[0][metric])
     assert low <= np.median(rows) <= high
 
 
