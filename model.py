@@ -117,6 +117,7 @@ class KeepNothing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        """The gradient of x; the layer is frozen, and has none."""
         weight = ctx.layer.weight.to(gradient.dtype)       # one that is stored in 8 bit is unpacked again
         return ctx.layer.gradient_of_input(gradient, weight, ctx.shape, ctx.stride), None
 
@@ -311,14 +312,13 @@ class PseudoConv3d(Conv2d):
             return x
         clips = window.clips
         wide = clips.fetch(x.unflatten(0, (window.b, window.f)), clips.halo, dim=1).flatten(0, 1)
-        taps = self.temporal(wide).unflatten(0, (window.b, -1))
-        before, here, after = taps.chunk(3, dim=2)
+        before, here, after = self.temporal(wide).unflatten(0, (window.b, -1)).chunk(3, dim=2)
         fade = window.gap[..., None] ** -self.temporal_falloff                            # (b, halo-1, c)
         fade = fade[..., None, None].to(x.dtype)
-        out = wide.unflatten(0, (window.b, -1)) + here
-        out[:, 1:].addcmul_(before[:, :-1], fade)
-        out[:, :-1].addcmul_(after[:, 1:], fade)
-        return out[:, clips.in_halo].flatten(0, 1)
+        out = here.clone()
+        out[:, 1:].add_(before[:, :-1] * fade)
+        out[:, :-1].add_(after[:, 1:] * fade)
+        return x + out[:, clips.in_halo].flatten(0, 1)
 
 
 class TemporalAttention(nn.Module):
@@ -406,6 +406,7 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        """The gradient of values and gates (..., 2c), each half written to its place in one tensor."""
         both, = ctx.saved_tensors
         x, gate = both.chunk(2, dim=-1)
         out = torch.empty_like(both)

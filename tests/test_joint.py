@@ -222,12 +222,9 @@ def test_traffic_is_what_the_plan_says(shared, restless_weights, small_config, m
 
 
 def test_a_joint_run_by_three_processes_is_that_by_one(shared, restless_weights, tmp_path):
-    """After all steps latents to 1e-5 of the largest, pixels to 1 of 255, and the same files.
-
-    Rounding grows from step to step with the values, up to 6 here; one evaluation is held to more above."""
+    """Latents to 1e-5 after all steps, pixels to 1 of 255, and the same files."""
     one = run_joint(tmp_path / "one", restless_weights)
     latents, others = (load_file(f"{path}/latents.safetensors") for path in (one, shared / "run"))
-    latents, others, made = latents["latents"], others["latents"], others["made"]
-    assert made.all() and (latents - others).abs().max() <= 1e-5 * latents.abs().max()
+    assert others["made"].all() and (latents["latents"] - others["latents"]).abs().max() <= 1e-5
     pixels, others = (sample.read_frames(path, range(40)).astype(int) for path in (one, shared / "run"))
     assert abs(pixels - others).max() <= 1 and contents(one).keys() == contents(shared / "run").keys()
