@@ -107,6 +107,9 @@ def optimisation_flags(p):
     p.add_argument("--max_grad_norm", type=float, default=1.0,
                    help="longer gradients are scaled down to this length")
     p.add_argument("--weight_decay", type=float, default=0.01)
+    p.add_argument("--focus", type=float, default=0.0, metavar="SHARE", help="errors weigh more where more "
+                   "moves: small bright things get solid, the rest a little worse; try 0.5, to go on with "
+                   "--temporal layers that are trained")
     p.add_argument("--snr_gamma", type=float, default=0.0,
                    help="min-SNR loss weights, 5 is usual; 0: every level counts alike")
     p.add_argument("--ema_decay", type=float, default=0.998,
@@ -178,10 +181,12 @@ def parse(argv):
             setattr(args, name, value)
     args.out = args.out or os.path.join("out", args.stage)
     args.data_hash = None   # of the clips of --data, when they have been found
-    for name in ("data", "error_bank", "lora_rank"):
+    for name in ("data", "error_bank", "lora_rank", "focus"):
         if getattr(args, name) and args.stage not in VIDEO_STAGES:
             raise ValueError(f"--{name} is for the stages {', '.join(VIDEO_STAGES)}, found --stage "
                              f"{args.stage}: leave --{name} away")
+    if args.focus < 0:
+        raise ValueError(f"--focus is {args.focus}: what moves cannot weigh less than nothing, try 0.5")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give it as --data")
     if args.weights is None and args.stage != "vae":
@@ -382,13 +387,31 @@ def jitter(error, frames):
     return (bent.square().mean(dim=(1, 3, 4)) * even).sum(1) / even.sum(1).clamp(min=1)
 
 
-def relative(error, batch, floor):
+def focus(latents, share):
+    """Weights (b, 1, f, h, w), 1 in the mean, of latents (b, c, f, h, w) of windows: more where more moves.
+
+    A sun covers a hundredth of the picture: in a mean over all of it, little is lost if it is pale and soft.
+    How much a place moves is its squared distance from its mean over the window, without what light does
+    everywhere, relative to all places; `share` times that is added to what every place has. These weights
+    know the answer: the best guess at a sun that may be there or not is no longer the mean but brighter."""
+    change = latents - latents.mean(2, keepdim=True)
+    change = change - change.mean((3, 4), keepdim=True)
+    change = change.square().mean(1, keepdim=True)
+    change = change / change.mean((2, 3, 4), keepdim=True).clamp(min=1e-6)
+    weight = 1 + share * change
+    return weight / weight.mean((2, 3, 4), keepdim=True)
+
+
+def relative(error, batch, floor, share):
     """A loss per example (b,) with the gradient of log(size + floor), size being mean square plus jitter.
+
+    share: of `focus` in the mean square; jitter counts everywhere alike, or what is still would flicker.
 
     Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
     its error, a thousand times smaller, is what flickers. So every example counts relative to its own error,
     as if one measured in decibels."""
-    size = mean_square(error, batch["given"]) + jitter(error, batch["frames"])
+    seen = focus(batch["latents"], share).sqrt() * error
+    size = mean_square(seen, batch["given"]) + jitter(error, batch["frames"])
     return size / (size.detach() + floor)
 
 
@@ -444,7 +467,8 @@ def denoising_loss(unet, schedule, batch, args, bank=None):
     loss = weight * mean_square(error, batch["given"])
     descend = loss
     if args.stage in VIDEO_STAGES:
-        descend = weight * relative(error, batch, 1e-4) + sum(relative(e, batch, 2e-5) for e in guess_errors)
+        descend = weight * relative(error, batch, 1e-4, args.focus)
+        descend = descend + sum(relative(e, batch, 2e-5, args.focus) for e in guess_errors)
     return descend.mean(), loss.mean()
 
 
@@ -746,9 +770,10 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args, bank=None):
                              f"{getattr(args, name)}: resume with the same {name}, or start anew in another "
                              "--out folder")
     # what decides the batches and the learning rate must not change in the middle of a run
-    old = {"max_stride": 16, "error_bank": 0.0} | state["args"]   # what older checkpoints do not say
+    # older checkpoints do not say all of it
+    old = {"max_stride": 16, "error_bank": 0.0, "focus": 0.0} | state["args"]
     for name in ("max_steps", "batch_size", "learning_rate", "seed", "worlds", "frames", "aug_max",
-                 "weights", "max_stride", "error_bank"):
+                 "weights", "max_stride", "error_bank", "focus"):
         if old[name] != getattr(args, name):
             raise ValueError(f"{path} was trained with --{name} {old[name]}, now it is "
                              f"{getattr(args, name)}: give the old value to go on exactly, or start anew in "
@@ -875,7 +900,10 @@ def prepare_model(args):
         return model
     model = load_weights(args.weights, args.preset)
     if args.temporal:
-        fill(model, read_weights(args.temporal)[3], args.temporal, parts=("unet",), temporal="only")
+        _, _, about, tensors = read_weights(args.temporal)
+        fill(model, tensors, args.temporal, parts=("unet",), temporal="only")
+        if "recipes" in about:
+            model.about["recipes"] = about["recipes"]      # of these layers too
     elif not args.score:
         fresh = Model.build(model.config).unet.state_dict()
         loaded = model.unet.state_dict()

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -154,14 +155,18 @@ def test_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, small_wei
 
 
 def test_every_stage_runs_from_nothing_to_a_model_that_loads(tmp_path, small_config, monkeypatch):
-    """vae -> image -> video, each from the file of the one before; the export holds all three recipes."""
+    """vae -> image -> video -> longer, each from the file of the one before; the export holds all recipes."""
     monkeypatch.setitem(train.PRESETS, "tiny", small_config)
     train.main(arguments(tmp_path, None, stage="vae"))
     train.main(arguments(tmp_path, tmp_path / "vae" / "weights.safetensors", stage="image"))
     train.main(arguments(tmp_path, tmp_path / "image" / "weights.safetensors", stage="video",
                          export=tmp_path / "all.safetensors"))
-    model = load_weights(str(tmp_path / "all.safetensors"), "tiny")
-    assert [recipe["stage"] for recipe in model.about["recipes"]] == ["vae", "image", "video"]
+    train.main(arguments(tmp_path / "focus", tmp_path / "image" / "weights.safetensors", stage="video",
+                         temporal=tmp_path / "video" / "weights.safetensors", focus=4,
+                         export=tmp_path / "longer.safetensors"))
+    for name, runs in (("all", ["vae", "image", "video"]), ("longer", ["vae", "image", "video", "video"])):
+        model = load_weights(str(tmp_path / f"{name}.safetensors"), "tiny")
+        assert [recipe["stage"] for recipe in model.about["recipes"]] == runs
     assert model.config.latent_std != small_config.latent_std
     for stage in ("vae", "image", "video"):
         folder = tmp_path / stage
@@ -243,6 +248,7 @@ def test_the_relative_loss_weighs_what_flickers_and_forgets_the_scale():
     has a tenth of the gradient."""
     given = torch.tensor([[True, False, False, False, True]])
     batch = {"given": given, "frames": torch.tensor([[0, 4, 8, 12, 16]])}
+    batch["latents"] = torch.zeros(1, 4, 5, 2, 2)
     shape = lambda *rows: torch.tensor(rows).view(1, 1, 5, 1, 1).expand(1, 4, 5, 2, 2).requires_grad_()
     assert train.mean_square(shape(0.0, 1, 2, 3, 0), given).item() == pytest.approx(14 / 3)
     jitter = lambda error, frames: train.jitter(error, torch.tensor([frames])).item()
@@ -250,9 +256,35 @@ def test_the_relative_loss_weighs_what_flickers_and_forgets_the_scale():
     assert jitter(shape(0.0, 1, -1, 1, 0), [0, 4, 8, 12, 16]) == pytest.approx((9 + 16 + 9) / 3)
     assert jitter(shape(0.0, 1, -1, 1, 0), [0, 1, 5, 9, 10]) == pytest.approx(16)
     assert jitter(shape(0.0, 1, -1, 1, 0), [0, 1, 3, 6, 10]) == 0
-    slopes = [torch.autograd.grad(train.relative(error, batch, 1e-9).sum(), error)[0].abs().max().item()
+    slopes = [torch.autograd.grad(train.relative(error, batch, 1e-9, 0.0).sum(), error)[0].abs().max().item()
               for error in (shape(0.0, 1, -1, 1, 0), shape(0.0, 10, -10, 10, 0))]
     assert slopes[0] == pytest.approx(10 * slopes[1])
+
+
+def test_focus_weighs_what_moves_and_not_a_change_of_light():
+    """Weights are 1 in the mean of a window, and 1 everywhere where nothing moves, or all changes alike.
+
+    A spot that moves over still ground: where it is and was weighs more, the more so the more is asked for.
+    An error there costs more then, and an error on the ground less."""
+    ground = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    still = ground.expand(2, 4, 5, 8, 8)
+    for window in (still, still + torch.arange(5.0)[:, None, None]):
+        assert torch.allclose(train.focus(window, 3.0), torch.ones(2, 1, 5, 8, 8).double())
+    moving = still.clone()
+    for i in range(5):
+        moving[1, :, i, 3, i] += 5.0
+    assert torch.equal(train.focus(moving, 0.0), torch.ones(2, 1, 5, 8, 8).double())
+    weak, strong = train.focus(moving, 0.5), train.focus(moving, 4.0)
+    for weights in (weak, strong):
+        assert torch.allclose(weights.mean((1, 2, 3, 4)), torch.ones(2).double())
+        assert torch.allclose(weights[0], torch.ones(1, 5, 8, 8).double())       # each window by itself
+    spot, path, far = strong[1, 0, 2, 3, 2], strong[1, 0, 2, 3, 4], strong[1, 0, 2, 7, 7]
+    assert spot > path > 1 > far and spot > weak[1, 0, 2, 3, 2] > 1
+    batch = {"given": torch.zeros(2, 5).bool(), "frames": torch.arange(5).expand(2, 5), "latents": moving}
+    one = torch.ones(2, 4, 5, 1, 1).double()
+    error_at = lambda row, column: F.pad(one, (column, 7 - column, row, 7 - row))
+    cost = lambda error, share: train.relative(error, batch, 1e6, share)[1]
+    assert cost(error_at(3, 2), 4.0) > cost(error_at(3, 2), 0.0) > cost(error_at(7, 7), 4.0)
 
 
 def test_learning_rate_warms_up_and_comes_down_to_zero(tmp_path):
