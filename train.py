@@ -402,16 +402,16 @@ def focus(latents, share):
     return weight / weight.mean((2, 3, 4), keepdim=True)
 
 
-def relative(error, batch, floor, share):
+def relative(error, batch, floor, weights):
     """A loss per example (b,) with the gradient of log(size + floor), size being mean square plus jitter.
 
-    share: of `focus` in the mean square; jitter counts everywhere alike, or what is still would flicker.
+    weights: those of `focus`, in the mean square; jitter counts everywhere alike, or what is still would
+    flicker.
 
     Windows differ: where to go from one frame is open, a fill between frames 4 apart is nearly known, and
     its error, a thousand times smaller, is what flickers. So every example counts relative to its own error,
     as if one measured in decibels."""
-    seen = focus(batch["latents"], share).sqrt() * error
-    size = mean_square(seen, batch["given"]) + jitter(error, batch["frames"])
+    size = mean_square(weights.sqrt() * error, batch["given"]) + jitter(error, batch["frames"])
     return size / (size.detach() + floor)
 
 
@@ -467,8 +467,9 @@ def denoising_loss(unet, schedule, batch, args, bank=None):
     loss = weight * mean_square(error, batch["given"])
     descend = loss
     if args.stage in VIDEO_STAGES:
-        descend = weight * relative(error, batch, 1e-4, args.focus)
-        descend = descend + sum(relative(e, batch, 2e-5, args.focus) for e in guess_errors)
+        places = focus(batch["latents"], args.focus)
+        descend = weight * relative(error, batch, 1e-4, places)
+        descend = descend + sum(relative(e, batch, 2e-5, places) for e in guess_errors)
     return descend.mean(), loss.mean()
 
 
@@ -769,9 +770,9 @@ def load_checkpoint(path, parameters, ema, optimizer, scaler, args, bank=None):
             raise ValueError(f"{path} is a checkpoint of {name} {state[name]}, but --{name} is "
                              f"{getattr(args, name)}: resume with the same {name}, or start anew in another "
                              "--out folder")
-    # what decides the batches and the learning rate must not change in the middle of a run
     # older checkpoints do not say all of it
     old = {"max_stride": 16, "error_bank": 0.0, "focus": 0.0} | state["args"]
+    # what decides the batches, the loss and the learning rate must not change in the middle of a run
     for name in ("max_steps", "batch_size", "learning_rate", "seed", "worlds", "frames", "aug_max",
                  "weights", "max_stride", "error_bank", "focus"):
         if old[name] != getattr(args, name):

@@ -248,7 +248,6 @@ def test_the_relative_loss_weighs_what_flickers_and_forgets_the_scale():
     has a tenth of the gradient."""
     given = torch.tensor([[True, False, False, False, True]])
     batch = {"given": given, "frames": torch.tensor([[0, 4, 8, 12, 16]])}
-    batch["latents"] = torch.zeros(1, 4, 5, 2, 2)
     shape = lambda *rows: torch.tensor(rows).view(1, 1, 5, 1, 1).expand(1, 4, 5, 2, 2).requires_grad_()
     assert train.mean_square(shape(0.0, 1, 2, 3, 0), given).item() == pytest.approx(14 / 3)
     jitter = lambda error, frames: train.jitter(error, torch.tensor([frames])).item()
@@ -256,7 +255,8 @@ def test_the_relative_loss_weighs_what_flickers_and_forgets_the_scale():
     assert jitter(shape(0.0, 1, -1, 1, 0), [0, 4, 8, 12, 16]) == pytest.approx((9 + 16 + 9) / 3)
     assert jitter(shape(0.0, 1, -1, 1, 0), [0, 1, 5, 9, 10]) == pytest.approx(16)
     assert jitter(shape(0.0, 1, -1, 1, 0), [0, 1, 3, 6, 10]) == 0
-    slopes = [torch.autograd.grad(train.relative(error, batch, 1e-9, 0.0).sum(), error)[0].abs().max().item()
+    even = torch.ones(1)
+    slopes = [torch.autograd.grad(train.relative(error, batch, 1e-9, even).sum(), error)[0].abs().max().item()
               for error in (shape(0.0, 1, -1, 1, 0), shape(0.0, 10, -10, 10, 0))]
     assert slopes[0] == pytest.approx(10 * slopes[1])
 
@@ -280,10 +280,10 @@ def test_focus_weighs_what_moves_and_not_a_change_of_light():
         assert torch.allclose(weights[0], torch.ones(1, 5, 8, 8).double())       # each window by itself
     spot, path, far = strong[1, 0, 2, 3, 2], strong[1, 0, 2, 3, 4], strong[1, 0, 2, 7, 7]
     assert spot > path > 1 > far and spot > weak[1, 0, 2, 3, 2] > 1
-    batch = {"given": torch.zeros(2, 5).bool(), "frames": torch.arange(5).expand(2, 5), "latents": moving}
+    batch = {"given": torch.zeros(2, 5).bool(), "frames": torch.arange(5).expand(2, 5)}
     one = torch.ones(2, 4, 5, 1, 1).double()
     error_at = lambda row, column: F.pad(one, (column, 7 - column, row, 7 - row))
-    cost = lambda error, share: train.relative(error, batch, 1e6, share)[1]
+    cost = lambda error, share: train.relative(error, batch, 1e6, train.focus(moving, share))[1]
     assert cost(error_at(3, 2), 4.0) > cost(error_at(3, 2), 0.0) > cost(error_at(7, 7), 4.0)
 
 
