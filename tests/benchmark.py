@@ -49,6 +49,7 @@ def ours(args, config, flags=()):
     size = args.latents or config.size // config.vae_factor
     batch = train.fake_batch(run, config, args.frames, size)
     batch = {key: torch.randn_like(x) if x.is_floating_point() else x for key, x in batch.items()}
+    batch["frames"] = torch.arange(args.frames).expand(args.batch_size, -1)     # all at 0 they give NaN
     schedule = NoiseSchedule(config.prediction, config.zero_terminal_snr)
 
     def loss():
