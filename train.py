@@ -127,7 +127,7 @@ def memory_flags(p):
     p.add_argument("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th "
                    "stage of the UNet instead of storing it: 1 saves the most memory and costs about a third "
                    "more time; 0: off. Default: 0 for tiny, 1 for sd15")
-    p.add_argument("--lean", action=argparse.BooleanOptionalAction, default=True, help="frozen convs keep "
+    p.add_argument("--lean", action=argparse.BooleanOptionalAction, default=True, help="frozen layers keep "
                    "nothing for the backward pass, which needs only their weights; costs no time")
     p.add_argument("--recompute", action="store_true", help="compute norms and activations of the image "
                    "model twice instead of storing them: for runs without --gradient_checkpointing")

@@ -266,6 +266,29 @@ def test_the_gradient_of_a_gate_is_that_of_its_formula():
     assert torch.autograd.gradcheck(Gate.apply, both)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["as a conv", "as a product"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_linear_layer_is_its_formula_whichever_kernel_computes_it(monkeypatch, frozen, on_cpu):
+    """Output and gradients against float64, lean or not; tokens in an odd layout; frozen, no input is kept."""
+    monkeypatch.setattr(M, "conv_is_quicker", lambda x, weight: on_cpu)
+    torch.manual_seed(0)
+    layer, kept = M.Linear(24, 40), []
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(2, 24, 5, 7).permute(0, 3, 2, 1).requires_grad_()
+    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    wanted = [x] if frozen else [x, layer.weight, layer.bias]
+    slope = torch.randn(exact.shape)
+    exact_gradients = torch.autograd.grad(exact, wanted, slope.double())
+    for layer.lean in [False] + [True] * frozen:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+            out = layer(x)
+        assert torch.allclose(out.double(), exact, atol=1e-5)
+        for found, right in zip(torch.autograd.grad(out, wanted, slope), exact_gradients):
+            assert torch.allclose(found, right, atol=1e-5)
+        if frozen:
+            assert all(tensor.untyped_storage()._cdata == layer.weight.untyped_storage()._cdata for tensor in kept)
+
+
 def test_attention_in_chunks_is_attention(monkeypatch):
     """With and without a mask, when the last chunk is a short one too."""
     torch.manual_seed(0)
