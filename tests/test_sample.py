@@ -30,9 +30,16 @@ def pixels(folder):
     return np.stack([np.array(Image.open(folder / "frames" / name)) for name in names])
 
 
+@pytest.fixture(autouse=True)
+def no_animations(monkeypatch):
+    """GIFs of noise take longer than everything else; one test looks at them."""
+    monkeypatch.setattr(sample, "ANIMATION_FRAMES", 0)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 20])
-def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, frames):
+def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, monkeypatch, frames):
     """N numbered frames, moving pictures, sheet, plot, metrics, latents and arguments, for any N."""
+    monkeypatch.setattr(sample, "ANIMATION_FRAMES", 20)
     folder = run(tmp_path, restless_weights, frames=frames)
     assert len(os.listdir(folder / "frames")) == frames and (folder / "frames" / "00001.png").exists()
     for name in ("video.gif", "video.webp", "sheet.png", "drift.png"):
