@@ -114,7 +114,7 @@ def row_of_pixels(tokens):
 
 
 def conv_is_quicker(x, weight):
-    """Whether the product of tokens x and a weight should be a 1x1 conv, see `product`; not a narrow one."""
+    """Whether the product of tokens x and a weight should be a 1x1 conv, see `product`: not if narrow."""
     return x.device.type == "cpu" and torch.backends.mkldnn.is_available() and min(weight.shape) >= 256
 
 
@@ -128,7 +128,12 @@ def product(x, weight, bias=None):
     if frozen or not conv_is_quicker(x, weight):
         return F.linear(x, weight, bias)
     out = F.conv2d(row_of_pixels(x), weight[:, :, None, None], bias)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return tokens_of_row(out, (*x.shape[:-1], -1))
+
+
+def tokens_of_row(row, shape):
+    """The way back from `row_of_pixels`: (1, c, 1, n) as tokens of a shape (..., c)."""
+    return row.permute(0, 2, 3, 1).reshape(shape)
 
 
 def gradient_of_conv_input(gradient, weight, x, stride=(1, 1), padding=(0, 0)):
@@ -169,8 +174,8 @@ class Conv2d(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """A linear layer of the image model. `lean` as for `Conv2d`: the input is not kept either way, but with it
-    no copy of a weight in 8 bit is, and `product` is free to be a conv. `lora` is a trainable bypass, see
+    """A linear layer of the image model. Frozen, it keeps no input anyway; `lean`, as for `Conv2d`: no copy
+    of a weight in 8 bit either, and `product` is free to be a conv. `lora` is a trainable bypass, see
     `add_lora`."""
     lean = False
 
@@ -184,7 +189,7 @@ class Linear(nn.Linear):
             return gradient @ weight
         x = row_of_pixels(gradient.new_empty(shape))
         of_x = gradient_of_conv_input(row_of_pixels(gradient), weight[:, :, None, None], x)
-        return of_x.permute(0, 2, 3, 1).reshape(shape)
+        return tokens_of_row(of_x, shape)
 
     def forward(self, x):
         out = KeepNothing.apply(x, self) if self.lean else self.plain(x)
