@@ -35,7 +35,7 @@ def contents(folder):
 
 @pytest.fixture(autouse=True, scope="module")
 def no_animations():
-    """GIFs of noise take longer than everything else; test_sample.py looks at them."""
+    """GIFs of noise take longer than everything else; one test of test_sample.py looks at them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "ANIMATION_FRAMES", 0)
         yield

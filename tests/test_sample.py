@@ -14,6 +14,7 @@ import diffusion
 import sample
 from model import is_temporal, load_weights, save_weights
 from schedule import joint, ladder, seed
+from test_long import no_animations   # noqa: F401
 
 
 def run(tmp_path, weights, *more, name="run", frames=20):
@@ -28,12 +29,6 @@ def pixels(folder):
     """All numbered frames of a run, in order."""
     names = sorted(os.listdir(folder / "frames"))
     return np.stack([np.array(Image.open(folder / "frames" / name)) for name in names])
-
-
-@pytest.fixture(autouse=True)
-def no_animations(monkeypatch):
-    """GIFs of noise take longer than everything else; one test looks at them."""
-    monkeypatch.setattr(sample, "ANIMATION_FRAMES", 0)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 20])
