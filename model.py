@@ -33,12 +33,14 @@ from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import NoiseSchedule, lean_on
 
 LATENT_SCALE = 0.18215   # SD1.x: latents times this have a standard deviation near 1
+CACHED_SCORES = 2 ** 21  # attention scores that a CPU's cache holds: 4 MB in bfloat16
 GRID_LIMIT = 65_535      # most rows x heads of one attention call: CUDA kernels refuse a larger launch grid
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
 TEXT_TOKENS = 77         # length of every prompt, start and end tokens and padding included
@@ -111,6 +113,11 @@ def sinusoids(values, dim, max_period=10_000):
 def row_of_pixels(tokens):
     """(..., c) as one long row of pixels (1, c, 1, n), channels last: a view if the tokens are contiguous."""
     return tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def on_cpu(x):
+    """Whether the CPU computes x. The tensors of a dry run, without content, stand for those of a GPU."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def conv_is_quicker(x, weight):
@@ -225,6 +232,19 @@ def cheap(again, function, x):
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
+def attention_in_cache(q, k, v):
+    """Attention written out, for so few rows and heads at a time that their scores stay in a CPU's cache.
+
+    The backward pass computes the scores again, as FlashAttention does (Dao et al. 2205.14135)."""
+    def written_out(q, k, v):
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    rows = max(1, CACHED_SCORES // (q.shape[-2] * k.shape[-2]))
+    parts = zip(*(x.flatten(0, 1).split(rows) for x in (q, k, v)))
+    out = [checkpoint(written_out, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(out).unflatten(0, q.shape[:2])
+
+
 def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √d + mask) v for q, k, v (rows, heads, tokens, d), mask (rows, heads, q, k) or None.
 
@@ -234,6 +254,8 @@ def attention(q, k, v, mask=None):
     if mask is not None and mask.requires_grad and q.dtype != torch.float32:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
         return scores.softmax(-1).to(v.dtype) @ v
+    if mask is None and on_cpu(q) and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CACHED_SCORES:
+        return attention_in_cache(q, k, v)
     rows = max(1, GRID_LIMIT // q.shape[1])
     if q.shape[0] <= rows:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -14,6 +14,7 @@ import oracle_weights as oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as M
 from model import (PREFIXES, PRESETS, VAE, Around, Gate, Model, PseudoConv3d, SharedWindow, TextEncoder,
@@ -295,6 +296,36 @@ def test_a_linear_layer_is_its_formula_whichever_kernel_computes_it(monkeypatch,
         if frozen:
             home = lambda tensor: tensor.untyped_storage().data_ptr()
             assert all(home(tensor) == home(layer.weight) for tensor in kept)
+
+
+def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
+    """Output and gradients of torch's own, when the last rows are fewer too; to a text without gradients."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 2, 12, 8)
+    q, kept = q.requires_grad_(), []
+    monkeypatch.setattr(M, "CACHED_SCORES", 4 * 12 * 12)
+    for trained in (True, False):
+        wanted = [q, k.requires_grad_(trained), v.requires_grad_(trained)][:3 if trained else 1]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+            out = M.attention_in_cache(q, k, v)
+        assert max((x.numel() for x in kept), default=0) < 4 * 12 * 12
+        slope, torchs = torch.randn(out.shape), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        assert largest(out, torchs) <= 1e-6
+        for ours, theirs in zip(torch.autograd.grad(out, wanted, slope), torch.autograd.grad(torchs, wanted, slope)):
+            assert largest(ours, theirs) <= 1e-5
+
+
+def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeypatch):
+    """A dry run is about a GPU, though its tensors, which have no content, say that they are on the CPU."""
+    called = []
+    monkeypatch.setattr(M, "attention_in_cache", lambda q, k, v: called.append(q.dtype))
+    q = torch.randn(1, 2, 4, 8)
+    attention(q, q, q)
+    attention(*3 * [q.bfloat16()])
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 4, 8, dtype=torch.bfloat16)
+        attention(q, q, q)
+    assert called == [torch.bfloat16]
 
 
 def test_attention_in_chunks_is_attention(monkeypatch):
