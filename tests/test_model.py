@@ -298,6 +298,26 @@ def test_a_linear_layer_is_its_formula_whichever_kernel_computes_it(monkeypatch,
             assert all(home(tensor) == home(layer.weight) for tensor in kept)
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_conv_as_a_product_of_patches_is_the_conv(monkeypatch, lean):
+    """Output and gradient against float64, at every edge of an oblong picture; other convs stay convs."""
+    monkeypatch.setattr(M, "mostly_sorting", lambda x, pixels, weight: True)
+    called = []
+    monkeypatch.setattr(M, "patches", lambda x, real=M.patches: (called.append(x), real(x))[1])
+    torch.manual_seed(0)
+    for options in (dict(padding=1), dict(padding=1, stride=2), dict(padding=0)):
+        layer = M.Conv2d(6, 10, 3, **options).requires_grad_(False)
+        layer.lean = lean
+        x = torch.randn(2, 6, 4, 6).to(memory_format=torch.channels_last).requires_grad_()
+        exact = torch.nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), **options)
+        slope = torch.randn(exact.shape)
+        out = layer(x)
+        assert torch.allclose(out.double(), exact, atol=1e-5)
+        gradients = torch.autograd.grad(out, x, slope) + torch.autograd.grad(exact, x, slope.double())
+        assert torch.allclose(*gradients, atol=1e-5)
+    assert len(called) == 1
+
+
 def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
     """Output and gradients of torch's own, when the last rows are fewer too; to a text without gradients."""
     torch.manual_seed(0)
@@ -322,9 +342,14 @@ def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeyp
     q = torch.randn(1, 2, 4, 8)
     attention(q, q, q)
     attention(*3 * [q.bfloat16()])
+    conv = M.Conv2d(256, 256, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+    few, many, layer = torch.zeros(2, 256, 16, 16).bfloat16(), torch.zeros(3, 256, 16, 16).bfloat16(), conv.weight
+    assert conv.product_is_quicker(few, layer) and not conv.product_is_quicker(many, layer)
+    assert not conv.product_is_quicker(few.float(), layer.float())
     with FakeTensorMode():
         q = torch.empty(1, 2, 4, 8, dtype=torch.bfloat16)
         attention(q, q, q)
+        assert not conv.product_is_quicker(torch.empty(2, 256, 16, 16, dtype=torch.bfloat16), layer)
     assert called == [torch.bfloat16]
 
 
