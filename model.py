@@ -126,7 +126,7 @@ def is_wide(weight):
 
 
 def mostly_sorting(x, pixels, weight):
-    """Whether a conv of x, of so many pixels in all, would mostly sort its weights on a CPU, from torch's order
+    """Whether a conv of x, of so many pixels in all, would mostly sort weights on a CPU, from torch's order
     to that of the kernel: wide ones in bfloat16, if the pixels are few. Trained ones are sorted anyway."""
     trained = torch.is_grad_enabled() and weight.requires_grad
     return on_cpu(x) and x.dtype == torch.bfloat16 and pixels <= 512 and is_wide(weight) and not trained
@@ -274,7 +274,8 @@ def cheap(again, function, x):
 
 
 def attention_in_cache(q, k, v):
-    """Attention written out, for so few rows and heads at a time that their scores stay in a CPU's cache.
+    """Attention written out, for so few rows and heads at a time that their scores stay in a CPU's cache: in
+    bfloat16 quicker than torch's kernel for the CPU, in float32 slower.
 
     The backward pass computes the scores again, as FlashAttention does (Dao et al. 2205.14135)."""
     def written_out(q, k, v):
@@ -295,7 +296,8 @@ def attention(q, k, v, mask=None):
     if mask is not None and mask.requires_grad and q.dtype != torch.float32:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
         return scores.softmax(-1).to(v.dtype) @ v
-    if mask is None and on_cpu(q) and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CACHED_SCORES:
+    fits = q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CACHED_SCORES
+    if mask is None and on_cpu(q) and fits:
         return attention_in_cache(q, k, v)
     rows = max(1, GRID_LIMIT // q.shape[1])
     if q.shape[0] <= rows:

@@ -329,10 +329,10 @@ def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
             out = M.attention_in_cache(q, k, v)
         assert max((x.numel() for x in kept), default=0) < 4 * 12 * 12
-        slope, torchs = torch.randn(out.shape), torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        assert largest(out, torchs) <= 1e-6
-        for ours, theirs in zip(torch.autograd.grad(out, wanted, slope), torch.autograd.grad(torchs, wanted, slope)):
-            assert largest(ours, theirs) <= 1e-5
+        slope, exact = torch.randn(out.shape), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        assert largest(out, exact) <= 1e-6
+        for found, right in zip(*(torch.autograd.grad(x, wanted, slope) for x in (out, exact)), strict=True):
+            assert largest(found, right) <= 1e-5
 
 
 def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeypatch):
@@ -342,14 +342,14 @@ def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeyp
     q = torch.randn(1, 2, 4, 8)
     attention(q, q, q)
     attention(*3 * [q.bfloat16()])
-    conv = M.Conv2d(256, 256, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
-    few, many, layer = torch.zeros(2, 256, 16, 16).bfloat16(), torch.zeros(3, 256, 16, 16).bfloat16(), conv.weight
-    assert conv.product_is_quicker(few, layer) and not conv.product_is_quicker(many, layer)
-    assert not conv.product_is_quicker(few.float(), layer.float())
+    conv = M.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    pixels = lambda n: torch.zeros(n, 256, 16, 16, dtype=torch.bfloat16)
+    chosen = lambda x: conv.product_is_quicker(x, conv.weight)
+    assert chosen(pixels(2)) and not chosen(pixels(3)) and not chosen(pixels(2).float())
     with FakeTensorMode():
         q = torch.empty(1, 2, 4, 8, dtype=torch.bfloat16)
         attention(q, q, q)
-        assert not conv.product_is_quicker(torch.empty(2, 256, 16, 16, dtype=torch.bfloat16), layer)
+        assert not chosen(pixels(2))
     assert called == [torch.bfloat16]
 
 
