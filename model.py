@@ -500,8 +500,7 @@ class CrossAttention(nn.Module):
 class Gate(torch.autograd.Function):
     """Values and gates (..., 2c) -> values * GELU(gates) (..., c), keeping its input and nothing else.
 
-    Left to autograd, GELU(gates) is kept too, and the gradients of the two halves are copied together. Here
-    the backward pass writes them over the input, so there can be one only: torch refuses a second."""
+    Left to autograd, GELU(gates) is kept too, and the gradients of the two halves are copied together."""
     @staticmethod
     def forward(ctx, both):
         ctx.save_for_backward(both)
@@ -510,13 +509,14 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """The gradient of values and gates (..., 2c), in their place."""
+        """The gradient of values and gates (..., 2c), each half written to its place in one tensor."""
         both, = ctx.saved_tensors
         x, gate = both.chunk(2, dim=-1)
-        of_gelu = gradient * x
-        torch.mul(gradient, F.gelu(gate), out=x)
-        torch.ops.aten.gelu_backward.grad_input(of_gelu, gate, grad_input=gate)
-        return both
+        out = torch.empty_like(both)
+        of_x, of_gate = out.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=of_x)
+        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=of_gate)
+        return out
 
 
 class GEGLU(nn.Module):
