@@ -923,9 +923,12 @@ def is_temporal(name):
 # ------------------------------------------------------------------------------------ training in less memory
 
 def to_8bit(x, dims):
-    """x as integers from -127 to 127, and the scale to multiply them by, one for all numbers along `dims`."""
-    scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-8) / 127
-    return (x / scale).round().to(torch.int8), scale
+    """x as integers from -127 to 127, and the scale to multiply them by, one for all numbers along `dims`.
+
+    The scale has the type of x, but divides in float32: in bfloat16, with 8 bits for a number, the largest
+    often came out as 128, which in eight bits with a sign is -128."""
+    scale = (x.abs().amax(dims, keepdim=True).float() / 127).clamp(min=1e-7).to(x.dtype)
+    return (x / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class EightBit(nn.Module):

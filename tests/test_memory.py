@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import convert_sd_weights
 import train
 from model import (EightBit, Model, UNet, add_lora, is_temporal, keep_activations, load_weights, read_weights,
-                   save_memory)
+                   save_memory, to_8bit)
 
 CPU = torch.device("cpu")
 ROUNDING = 1e-6     # of the largest gradient of a tensor; norms and sums may add up in another order
@@ -80,6 +80,16 @@ def test_half_precision_keeps_less_and_its_gradients_are_near(small_config):
     found, after = gradients(unet, dtype=torch.bfloat16)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert 0 < distance(found, exact) < 0.03 and after < 0.67 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_8_bit_is_never_wrong_by_more_than_half_a_step(dtype):
+    """The largest number of a row least of all, in types whose own rounding is coarse; nor is a row of zeros."""
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] = 0
+    whole, scale = to_8bit(x, -1)
+    assert (whole.dtype, scale.dtype) == (torch.int8, dtype)
+    assert ((whole.double() * scale.double() - x.double()).abs() <= 0.501 * scale.double()).all()
 
 
 def test_activations_in_8_bit_are_a_quarter_and_the_gradients_are_near(small_config):
