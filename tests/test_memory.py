@@ -84,7 +84,7 @@ def test_half_precision_keeps_less_and_its_gradients_are_near(small_config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_8_bit_is_never_wrong_by_more_than_half_a_step(dtype):
-    """The largest number of a row least of all, in types whose own rounding is coarse; nor is a row of zeros."""
+    """The largest number of a row least of all, in types whose own rounding is coarse; nor a row of zeros."""
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0] = 0
     whole, scale = to_8bit(x, -1)
