@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import train  # noqa: E402
 from model import PRESETS, Model, is_temporal, load_weights, save_weights  # noqa: E402
 
 
@@ -39,3 +40,11 @@ def restless_weights(small_weights, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("weights") / "restless.safetensors")
     save_weights(path, model, torch.float32)
     return path
+
+
+@pytest.fixture
+def quick_validation(monkeypatch):
+    """One batch at every second level: validation is half of a short run, and not what its test is about."""
+    real, levels = train.validation_loss, train.LEVELS[1::2]
+    monkeypatch.setattr(train, "validation_loss", lambda model, schedule, batches, args, device:
+                        real(model, schedule, batches[:1], args, device, levels))

@@ -134,6 +134,7 @@ def test_a_backbone_in_8_bit_is_a_byte_per_number_and_says_nearly_the_same(small
     assert 0 < distance(found, exact) < 0.05
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_an_optimizer_on_the_cpu_makes_the_same_steps(tmp_path, small_weights):
     """Weights, average and optimizer state after some steps, bit for bit; and a checkpoint that resumes."""
     run = lambda name, **more: train.main(arguments(tmp_path, small_weights, out=tmp_path / name,
@@ -244,6 +245,7 @@ def test_a_dry_run_says_what_to_add_and_ends_with_the_peak(tmp_path, small_confi
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_all_flags_together_run_and_leave_a_model(tmp_path, small_weights):
     """In bfloat16, all at once, with a checkpoint that resumes and an export that loads."""
     options = dict(ALL, mixed_precision="bf16", export=tmp_path / "all.safetensors")

@@ -44,6 +44,7 @@ def whole_and_cut(tmp_path, weights, monkeypatch, step, **options):
     return [tmp_path / run / options.get("stage", "interp") for run in ("whole", "cut")]
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
     """20 steps == 10 steps, a crash, --resume, 10 steps.
 
@@ -59,6 +60,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypat
     assert losses[0] == losses[1] and len(losses[0]) == 21
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_a_run_with_an_error_bank_resumes_exactly(tmp_path, small_weights, monkeypatch):
     """The bank is in the checkpoint: 4 steps == 2 steps, a crash, --resume, 2 steps, bit for bit."""
     options = dict(stage="extrap", max_steps=4, save_every=2, error_bank=0.7)
@@ -154,6 +156,7 @@ def test_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, small_wei
     assert keys and all(is_temporal(key) and key.startswith(PREFIXES["unet"]) for key in keys)
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_every_stage_runs_from_nothing_to_a_model_that_loads(tmp_path, small_config, monkeypatch):
     """vae -> image -> video -> longer, each from the file of the one before; the export holds all recipes."""
     monkeypatch.setitem(train.PRESETS, "tiny", small_config)
@@ -327,6 +330,7 @@ def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_w
             assert seen["t"][row, place] == wanted and same == (wanted == 0)
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, small_weights):
     """A second run into the same folder is refused, and the first stays as it was."""
     train.main(arguments(tmp_path, small_weights, max_steps=1))
@@ -379,6 +383,7 @@ def own_clips(tmp_path_factory, small_weights):
     return folder
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, own_clips, monkeypatch):
     """--data: 4 steps == 2 steps, a crash, --resume, 2 steps; and no clip is read that --drop names."""
     (tmp_path / "drop.txt").write_text("3.mp4/000\n")
@@ -391,6 +396,7 @@ def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, o
     assert len(clips("train")) == 6 and "3.mp4/000" not in clips("train") and len(clips("val")) == 1
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_what_is_trained_on_does_not_change_in_the_middle_of_a_run(tmp_path, small_weights, own_clips):
     """Another --drop list, none, or clips that were encoded anew: resuming is refused, with a sentence."""
     folder, drop = tmp_path / "own", tmp_path / "drop.txt"
