@@ -170,7 +170,8 @@ def main(argv=None):
     p.add_argument("--latents", type=int, help="their height and width; default that of the preset, 32 at "
                    "most with --time")
     p.add_argument("--batch_size", type=int, default=1)
-    p.add_argument("--steps", type=int, default=3, help="of which the fastest counts")
+    p.add_argument("--steps", type=int, default=7, help="of which the fastest counts: the first few wait for "
+                   "memory that the system has to clear")
     p.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--theirs", action=argparse.BooleanOptionalAction, default=True,
                    help="time diffusers' model too: 13 GB of memory at the widths of sd15 in float32")
