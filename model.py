@@ -264,13 +264,19 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def cheap(again, function, x):
-    """function(x), which is quick: if `again`, only x is kept, and the backward pass computes the rest.
+def cheap(again, function, *inputs):
+    """function(*inputs), which is quick: if `again`, only they are kept, and the backward pass does the rest.
 
     Beside the matrix products, norms and activations take hardly any time, but as much memory."""
     if not again:
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def attention_written_out(q, k, v, mask=None):
+    """`attention` by its formula, which keeps all the scores (..., q, k)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
 
 
 def attention_in_cache(q, k, v):
@@ -278,13 +284,9 @@ def attention_in_cache(q, k, v):
     bfloat16 quicker than torch's kernel for the CPU, in float32 slower.
 
     The backward pass computes the scores again, as FlashAttention does (Dao et al. 2205.14135)."""
-    def written_out(q, k, v):
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
-
     rows = max(1, CACHED_SCORES // (q.shape[-2] * k.shape[-2]))
     parts = zip(*(x.flatten(0, 1).split(rows) for x in (q, k, v)))
-    out = [checkpoint(written_out, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.cat(out).unflatten(0, q.shape[:2])
+    return torch.cat([cheap(True, attention_written_out, *part) for part in parts]).unflatten(0, q.shape[:2])
 
 
 def attention(q, k, v, mask=None):
@@ -294,8 +296,7 @@ def attention(q, k, v, mask=None):
     the GPU kernels accept. To train the mask in half precision, torch's way would be to keep everything in
     float32; written out it is smaller and quicker, because the softmax is over a few frames only."""
     if mask is not None and mask.requires_grad and q.dtype != torch.float32:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
-        return scores.softmax(-1).to(v.dtype) @ v
+        return attention_written_out(q, k, v, mask)
     fits = q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CACHED_SCORES
     if mask is None and on_cpu(q) and fits:
         return attention_in_cache(q, k, v)
