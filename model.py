@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion import NoiseSchedule, lean_on
 
 LATENT_SCALE = 0.18215   # SD1.x: latents times this have a standard deviation near 1
+LARGEST_REUSED = 2 ** 25 # bytes: glibc hands larger tensors back to the system, which has to clear new ones
 CACHED_SCORES = 2 ** 21  # attention scores that a CPU's cache holds: 4 MB in bfloat16
 GRID_LIMIT = 65_535      # most rows x heads of one attention call: CUDA kernels refuse a larger launch grid
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
@@ -126,31 +127,32 @@ def is_wide(weight):
 
 
 def mostly_sorting(x, pixels, weight):
-    """Whether a conv of x, of so many pixels in all, would mostly sort weights on a CPU, from torch's order
-    to that of the kernel: wide ones in bfloat16, if the pixels are few. Trained ones are sorted anyway."""
-    trained = torch.is_grad_enabled() and weight.requires_grad
-    return on_cpu(x) and x.dtype == torch.bfloat16 and pixels <= 512 and is_wide(weight) and not trained
+    """Whether a conv of x to so many pixels in all would mostly sort weights on a CPU, from torch's order to
+    that of the kernel: wide ones in bfloat16, if the pixels are few."""
+    return on_cpu(x) and x.dtype == torch.bfloat16 and pixels <= 512 and is_wide(weight)
 
 
 def conv_is_quicker(x, weight):
     """Whether the product of tokens x (..., in) and a weight should be a 1x1 conv, see `product`."""
-    few = mostly_sorting(x, x.shape[:-1].numel(), weight)
-    return on_cpu(x) and torch.backends.mkldnn.is_available() and is_wide(weight) and not few
+    usable = on_cpu(x) and torch.backends.mkldnn.is_available()
+    return usable and x.dtype == torch.float32 and is_wide(weight)
 
 
-def patches(x):
-    """The 3x3 pixels around every pixel, zeros beyond the edge: (n, c, h, w) -> (n h w, 9c)."""
-    around = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+def patches(x, stride=1):
+    """The 3x3 pixels around every pixel, or every second of a row and column, zeros beyond the edge:
+    (n, c, h, w) -> (pixels, 9c)."""
+    around = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)
     return rearrange(around, "n c h w i j -> (n h w) (i j c)")
 
 
-def sum_of_patches(parts, h, w):
-    """The way back, for gradients: every pixel sums what the patches it lies in hold of it: (n, c, h, w)."""
-    parts = rearrange(parts, "(n h w) (i j c) -> i j n h w c", h=h, w=w, i=3, j=3)
-    out = parts.new_zeros(parts.shape[2], h + 2, w + 2, parts.shape[-1], dtype=torch.float32)
+def sum_of_patches(parts, shape, stride=1):
+    """The way back, for gradients: every pixel sums what the patches it lies in hold of it, to a `shape`."""
+    n, c, h, w = shape
+    parts = rearrange(parts, "(n h w) (i j c) -> i j n h w c", n=n, h=-(-h // stride), i=3, j=3)
+    out = parts.new_zeros(n, h + 2, w + 2, c, dtype=torch.float32)
     for i in range(3):
         for j in range(3):
-            out[:, i:i + h, j:j + w] += parts[i, j]
+            out[:, i:i + h:stride, j:j + w:stride] += parts[i, j]
     return out[:, 1:-1, 1:-1].to(parts.dtype).permute(0, 3, 1, 2)
 
 
@@ -158,8 +160,8 @@ def product(x, weight, bias=None):
     """x Wᵀ + b for tokens (..., in) and a weight (out, in), as `F.linear` has it: (..., out).
 
     On a CPU a 1x1 conv over a row of pixels computes the same, in float32 at up to twice the speed, as other
-    kernels work there (oneDNN's, not those of BLAS). But a conv keeps its input for the backward pass even if
-    its weight is frozen; then it is `F.linear` after all."""
+    kernels work there (oneDNN's, not those of BLAS; in bfloat16 those of `F.linear` are oneDNN's too). But a
+    conv keeps its input for the backward pass even if its weight is frozen; then it is `F.linear` after all."""
     frozen = torch.is_grad_enabled() and not weight.requires_grad
     if frozen or not conv_is_quicker(x, weight):
         return F.linear(x, weight, bias)
@@ -198,22 +200,24 @@ class Conv2d(nn.Conv2d):
 
     def plain(self, x):
         """What the layer computes."""
-        weight = self.weight
-        if not self.product_is_quicker(x, weight):
+        weight, n, (h, w) = self.weight, x.shape[0], (-(-side // self.stride[0]) for side in x.shape[2:])
+        if not self.product_is_quicker(x, n * h * w, weight):
             return F.conv2d(x, weight, self.bias, self.stride, self.padding)
-        out = F.linear(patches(x), rearrange(weight, "o c i j -> o (i j c)"), self.bias)
-        return rearrange(out, "(n h w) c -> n c h w", h=x.shape[2], w=x.shape[3])
+        out = F.linear(patches(x, self.stride[0]), rearrange(weight, "o c i j -> o (i j c)"), self.bias)
+        return rearrange(out, "(n h w) c -> n c h w", n=n, h=h)
 
-    def product_is_quicker(self, x, weight):
-        """Whether a matrix product with the `patches` of x (b f, c, h, w) should do what the layer does."""
-        usual = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
-        return usual and mostly_sorting(x, x.shape[0] * x.shape[2:].numel(), weight)
+    def product_is_quicker(self, x, pixels, weight):
+        """Whether a matrix product with `patches` should do what the layer does, on x or a gradient, where
+        the output has so many pixels in all. A product would keep all patches to train a weight."""
+        usual = (self.kernel_size, self.padding) == ((3, 3), (1, 1))
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        return usual and mostly_sorting(x, pixels, weight) and not trained
 
     def gradient_of_input(self, gradient, weight, shape, stride):
         """The gradient of the input (b f, in, h, w) from that of the output (b f, out, h, w)."""
-        if self.product_is_quicker(gradient, weight):
+        if self.product_is_quicker(gradient, gradient.numel() // gradient.shape[1], weight):
             parts = rearrange(gradient, "n c h w -> (n h w) c") @ rearrange(weight, "o c i j -> o (i j c)")
-            return sum_of_patches(parts, *shape[2:])
+            return sum_of_patches(parts, shape, self.stride[0])
         x = torch.empty_strided(shape, stride, dtype=gradient.dtype, device=gradient.device)
         return gradient_of_conv_input(gradient, weight, x, self.stride, self.padding)
 
@@ -279,14 +283,42 @@ def attention_written_out(q, k, v, mask=None):
     return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
 
 
-def attention_in_cache(q, k, v):
-    """Attention written out, for so few rows and heads at a time that their scores stay in a CPU's cache: in
-    bfloat16 quicker than torch's kernel for the CPU, in float32 slower.
+class AttentionInCache(torch.autograd.Function):
+    """Attention of q, k, v (rows, tokens, d) written out, for so few rows at a time that their scores stay in
+    a CPU's cache. The backward pass computes them again, as FlashAttention does (Dao et al. 2205.14135)."""
+    @staticmethod
+    def parts(*tensors):
+        """The shares softmax(q kᵀ / √d) and the tensors, of which q and k come first, some rows at a time."""
+        q, k = tensors[:2]
+        rows = max(1, CACHED_SCORES // (q.shape[1] * k.shape[1]))
+        for part in zip(*(x.split(rows) for x in tensors)):
+            scores = (part[0] * q.shape[-1] ** -0.5) @ part[1].transpose(1, 2)
+            yield scores.softmax(-1), *part
 
-    The backward pass computes the scores again, as FlashAttention does (Dao et al. 2205.14135)."""
-    rows = max(1, CACHED_SCORES // (q.shape[-2] * k.shape[-2]))
-    parts = zip(*(x.flatten(0, 1).split(rows) for x in (q, k, v)))
-    return torch.cat([cheap(True, attention_written_out, *part) for part in parts]).unflatten(0, q.shape[:2])
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return torch.cat([shares @ v for shares, _, _, v in AttentionInCache.parts(q, k, v)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradients of q, k and v; those of a text's k and v are hardly ever wanted."""
+        gradients, wanted = ([], [], []), ctx.needs_input_grad
+        for shares, q, k, v, slope in AttentionInCache.parts(*ctx.saved_tensors, gradient):
+            of_shares = slope @ v.transpose(1, 2)
+            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            scale = q.shape[-1] ** -0.5
+            gradients[0].append(of_scores @ (k * scale))
+            if wanted[1]:
+                gradients[1].append(of_scores.transpose(1, 2) @ (q * scale))
+            if wanted[2]:
+                gradients[2].append(shares.transpose(1, 2) @ slope)
+        return tuple(torch.cat(parts) if parts else None for parts in gradients)
+
+
+def attention_in_cache(q, k, v):
+    """In bfloat16 quicker than torch's kernel for the CPU, in float32 slower."""
+    return AttentionInCache.apply(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, q.shape[:2])
 
 
 def attention(q, k, v, mask=None):
@@ -414,14 +446,15 @@ class PseudoConv3d(Conv2d):
         if window is None:
             return x
         clips = window.clips
-        wide = clips.fetch(x.unflatten(0, (window.b, window.f)), clips.halo, dim=1).flatten(0, 1)
-        before, here, after = self.temporal(wide).unflatten(0, (window.b, -1)).chunk(3, dim=2)
-        fade = window.gap[..., None] ** -self.temporal_falloff                            # (b, halo-1, c)
-        fade = fade[..., None, None].to(x.dtype)
+        pixels = rearrange(x, "(b f) c h w -> b f h w c", b=window.b)
+        wide = clips.fetch(pixels, clips.halo, dim=1)
+        before, here, after = product(wide, self.temporal.weight.flatten(1)).chunk(3, dim=-1)
+        fade = window.gap[..., None, None, None] ** -self.temporal_falloff          # (b, halo-1, 1, 1, c)
+        fade = fade.to(x.dtype)
         out = here.clone()
         out[:, 1:].add_(before[:, :-1] * fade)
         out[:, :-1].add_(after[:, 1:] * fade)
-        return x + out[:, clips.in_halo].flatten(0, 1)
+        return x + rearrange(out[:, clips.in_halo], "b f h w c -> (b f) c h w")
 
 
 class TemporalAttention(nn.Module):
@@ -531,14 +564,15 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """c -> 4c -> c on every token."""
+    """c -> 4c -> c on every token. On a CPU so many frames at a time that what is between is reused memory."""
     def __init__(self, channels):
         super().__init__()
         width = 4 * channels
         self.net = nn.Sequential(GEGLU(channels, width), nn.Dropout(0), Linear(width, channels))
 
     def forward(self, x):
-        return self.net(x)
+        pieces = -(-8 * x.numel() * x.element_size() // LARGEST_REUSED) if on_cpu(x) else 1
+        return self.net(x) if pieces == 1 else torch.cat([self.net(part) for part in x.chunk(pieces)])
 
 
 class TransformerBlock(nn.Module):

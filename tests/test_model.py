@@ -267,6 +267,18 @@ def test_the_gradient_of_a_gate_is_that_of_its_formula():
     assert torch.autograd.gradcheck(Gate.apply, both)
 
 
+def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
+    """Nothing between the layers is larger than asked for, and a dry run, about a GPU, has one piece."""
+    layer, x, sizes = M.FeedForward(8), torch.randn(5, 6, 8), []
+    whole = layer(x)
+    layer.net[0].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(M, "LARGEST_REUSED", 2 * 6 * 64 * 4)
+    assert largest(layer(x), whole) <= 1e-6 and sizes == [2, 2, 1]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.empty(5, 6, 8))
+    assert sizes[3:] == [5]
+
+
 @pytest.mark.parametrize("as_conv", [True, False], ids=["as a conv", "as a product"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_a_linear_layer_is_its_formula_whichever_kernel_computes_it(monkeypatch, frozen, as_conv):
@@ -296,19 +308,20 @@ def test_a_conv_as_a_product_of_patches_is_the_conv(monkeypatch, lean):
     """Output and gradient against float64, at every edge of an oblong picture; other convs stay convs."""
     monkeypatch.setattr(M, "mostly_sorting", lambda x, pixels, weight: True)
     called = []
-    monkeypatch.setattr(M, "patches", lambda x, real=M.patches: (called.append(x), real(x))[1])
+    real = M.patches
+    monkeypatch.setattr(M, "patches", lambda x, stride: (called.append(x), real(x, stride))[1])
     torch.manual_seed(0)
     for options in (dict(padding=1), dict(padding=1, stride=2), dict(padding=0)):
         layer = M.Conv2d(6, 10, 3, **options).requires_grad_(False)
         layer.lean = lean
-        x = torch.randn(2, 6, 4, 6).to(memory_format=torch.channels_last).requires_grad_()
+        x = torch.randn(2, 6, 4, 7).to(memory_format=torch.channels_last).requires_grad_()
         exact = torch.nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), **options)
         slope = torch.randn(exact.shape)
         out = layer(x)
         assert torch.allclose(out.double(), exact, atol=1e-5)
         gradients = torch.autograd.grad(out, x, slope) + torch.autograd.grad(exact, x, slope.double())
         assert torch.allclose(*gradients, atol=1e-5)
-    assert len(called) == 1
+    assert len(called) == 2
 
 
 def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
@@ -321,7 +334,7 @@ def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
         wanted = [q, k.requires_grad_(trained), v.requires_grad_(trained)][:3 if trained else 1]
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
             out = M.attention_in_cache(q, k, v)
-        assert max((x.numel() for x in kept), default=0) < 4 * 12 * 12
+        assert {x.shape for x in kept} == {(6, 12, 8)}
         slope, exact = torch.randn(out.shape), torch.nn.functional.scaled_dot_product_attention(q, k, v)
         assert largest(out, exact) <= 1e-6
         for found, right in zip(*(torch.autograd.grad(x, wanted, slope) for x in (out, exact)), strict=True):
@@ -330,20 +343,30 @@ def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
 
 def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeypatch):
     """A dry run is about a GPU, though its tensors, which have no content, say that they are on the CPU."""
-    called = []
-    monkeypatch.setattr(M, "attention_in_cache", lambda q, k, v: called.append(q.dtype))
+    half, attended, products, real = torch.bfloat16, [], [], M.patches
+    monkeypatch.setattr(M, "attention_in_cache", lambda q, k, v: attended.append(q.dtype))
+    monkeypatch.setattr(M, "patches", lambda x, stride: (products.append(x), real(x, stride))[1])
     q = torch.randn(1, 2, 4, 8)
     attention(q, q, q)
-    attention(*3 * [q.bfloat16()])
-    conv = M.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
-    pixels = lambda n: torch.zeros(n, 256, 16, 16, dtype=torch.bfloat16)
-    chosen = lambda x: conv.product_is_quicker(x, conv.weight)
-    assert chosen(pixels(2)) and not chosen(pixels(3)) and not chosen(pixels(2).float())
+    attention(*3 * [q.half()])
+    attention(*3 * [q.to(half)])
+    assert attended == [half]
+
+    def conv_is_a_product(n, stride, dtype):
+        products.clear()
+        layer = M.Conv2d(256, 256, 3, padding=1, stride=stride, dtype=dtype).requires_grad_(False)
+        layer(torch.zeros(n, 256, 16, 16, dtype=dtype))
+        return bool(products)
+
+    assert conv_is_a_product(2, 1, half) and not conv_is_a_product(3, 1, half)
+    assert conv_is_a_product(8, 2, half) and not conv_is_a_product(9, 2, half)
+    assert not conv_is_a_product(2, 1, torch.float32)
+    tokens, weight = torch.zeros(4, 256), torch.zeros(256, 256)
+    assert M.conv_is_quicker(tokens, weight) and not M.conv_is_quicker(tokens.to(half), weight)
     with FakeTensorMode():
-        q = torch.empty(1, 2, 4, 8, dtype=torch.bfloat16)
+        q = torch.empty(1, 2, 4, 8, dtype=half)
         attention(q, q, q)
-        assert not chosen(pixels(2))
-    assert called == [torch.bfloat16]
+        assert attended == [half] and not conv_is_a_product(2, 1, half)
 
 
 def test_attention_in_chunks_is_attention(monkeypatch):
