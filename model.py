@@ -963,7 +963,7 @@ def to_8bit(x, dims):
     The scale has the type of x, but divides in float32: in bfloat16, with 8 bits for a number, the largest
     often came out as 128, which in eight bits with a sign is -128."""
     scale = (x.abs().amax(dims, keepdim=True).float() / 127).clamp(min=1e-7).to(x.dtype)
-    return (x / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+    return (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 class EightBit(nn.Module):
