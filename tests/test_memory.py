@@ -149,6 +149,7 @@ def test_an_optimizer_on_the_cpu_makes_the_same_steps(tmp_path, small_weights):
     run("there", optimizer_on_cpu=True, resume="auto")     # state made there goes on here
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_a_lora_starts_as_nothing_and_ends_in_a_file_that_other_programs_read(tmp_path, small_weights):
     """--lora_rank: the image model is what it was at the start.
 

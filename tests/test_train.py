@@ -143,6 +143,7 @@ def test_video_stage_starts_at_the_loss_of_its_image_model(tmp_path, small_weigh
     assert with_time[1] == pytest.approx(without[1], abs=1e-6)
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, small_weights):
     """After a run every frozen parameter is untouched, and the stage file holds the temporal layers only."""
     train.main(arguments(tmp_path, small_weights, export=tmp_path / "all.safetensors"))
@@ -340,6 +341,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, small_weights):
     assert (tmp_path / "interp" / "ckpt.pt").read_bytes() == before
 
 
+@pytest.mark.usefixtures("quick_validation")
 @pytest.mark.parametrize("change, words", [
     ({"stage": "extrap", "resume": "interp/ckpt.pt"}, "checkpoint of stage interp"),
     ({"learning_rate": 1e-5, "resume": "auto"}, "learning_rate"),
