@@ -23,6 +23,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
+from functools import cache
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -278,12 +279,18 @@ def fit(name, tensor, shape):
     return tensor
 
 
-def place(path, rows, config):
-    """Rows -> rows with our names and shapes: all that our model needs, nothing twice, nothing left over."""
+@cache
+def shapes(config):
+    """What our model needs of an image model: shapes by name."""
     with torch.device("meta"):
         networks = Model.build(config).networks()
-    wanted = {PREFIXES[part] + name: tensor.shape for part, network in networks.items()
-              for name, tensor in network.state_dict().items() if not is_temporal(name)}
+    return {PREFIXES[part] + name: tensor.shape for part, network in networks.items()
+            for name, tensor in network.state_dict().items() if not is_temporal(name)}
+
+
+def place(path, rows, config):
+    """Rows -> rows with our names and shapes: all that our model needs, nothing twice, nothing left over."""
+    wanted = shapes(config)
     placed = [(key, name, fit(name, tensor, wanted[name]) if name in wanted else tensor)
               for key, name, tensor in rows if not IGNORED.fullmatch(name)]
     count = Counter(name for _, name, _ in placed)
