@@ -277,12 +277,6 @@ def cheap(again, function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def attention_written_out(q, k, v, mask=None):
-    """`attention` by its formula, which keeps all the scores (..., q, k)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
-
-
 class AttentionInCache(torch.autograd.Function):
     """Attention of q, k, v (rows, tokens, d) written out, for so few rows at a time that their scores stay in
     a CPU's cache. The backward pass computes them again, as FlashAttention does (Dao et al. 2205.14135)."""
@@ -306,7 +300,8 @@ class AttentionInCache(torch.autograd.Function):
         gradients, wanted = ([], [], []), ctx.needs_input_grad
         for shares, q, k, v, slope in AttentionInCache.parts(*ctx.saved_tensors, gradient):
             of_shares = slope @ v.transpose(1, 2)
-            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            # shares * (of_shares - their mean, weighed by the shares), in one pass
+            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
             scale = q.shape[-1] ** -0.5
             gradients[0].append(of_scores @ (k * scale))
             if wanted[1]:
@@ -328,7 +323,8 @@ def attention(q, k, v, mask=None):
     the GPU kernels accept. To train the mask in half precision, torch's way would be to keep everything in
     float32; written out it is smaller and quicker, because the softmax is over a few frames only."""
     if mask is not None and mask.requires_grad and q.dtype != torch.float32:
-        return attention_written_out(q, k, v, mask)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
+        return scores.softmax(-1).to(v.dtype) @ v
     fits = q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= CACHED_SCORES
     if mask is None and on_cpu(q) and fits:
         return attention_in_cache(q, k, v)
