@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion import NoiseSchedule, lean_on
 
 LATENT_SCALE = 0.18215   # SD1.x: latents times this have a standard deviation near 1
-LARGEST_REUSED = 2 ** 25 # bytes: glibc hands larger tensors back to the system, which has to clear new ones
+LARGEST_REUSED = 2 ** 25  # bytes; glibc gives larger tensors back, and has the system clear new ones
 CACHED_SCORES = 2 ** 21  # attention scores that a CPU's cache holds: 4 MB in bfloat16
 GRID_LIMIT = 65_535      # most rows x heads of one attention call: CUDA kernels refuse a larger launch grid
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
@@ -160,8 +160,8 @@ def product(x, weight, bias=None):
     """x Wᵀ + b for tokens (..., in) and a weight (out, in), as `F.linear` has it: (..., out).
 
     On a CPU a 1x1 conv over a row of pixels computes the same, in float32 at up to twice the speed, as other
-    kernels work there (oneDNN's, not those of BLAS; in bfloat16 those of `F.linear` are oneDNN's too). But a
-    conv keeps its input for the backward pass even if its weight is frozen; then it is `F.linear` after all."""
+    kernels work there: oneDNN's, not those of BLAS. In bfloat16 `F.linear` has oneDNN's too. But a conv keeps
+    its input for the backward pass even if its weight is frozen; then it is `F.linear` after all."""
     frozen = torch.is_grad_enabled() and not weight.requires_grad
     if frozen or not conv_is_quicker(x, weight):
         return F.linear(x, weight, bias)
@@ -200,7 +200,8 @@ class Conv2d(nn.Conv2d):
 
     def plain(self, x):
         """What the layer computes."""
-        weight, n, (h, w) = self.weight, x.shape[0], (-(-side // self.stride[0]) for side in x.shape[2:])
+        weight, n = self.weight, x.shape[0]
+        h, w = (-(-side // self.stride[0]) for side in x.shape[2:])                   # rounded up
         if not self.product_is_quicker(x, n * h * w, weight):
             return F.conv2d(x, weight, self.bias, self.stride, self.padding)
         out = F.linear(patches(x, self.stride[0]), rearrange(weight, "o c i j -> o (i j c)"), self.bias)
@@ -268,13 +269,13 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def cheap(again, function, *inputs):
-    """function(*inputs), which is quick: if `again`, only they are kept, and the backward pass does the rest.
+def cheap(again, function, x):
+    """function(x), which is quick: if `again`, only x is kept, and the backward pass computes the rest.
 
     Beside the matrix products, norms and activations take hardly any time, but as much memory."""
     if not again:
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class AttentionInCache(torch.autograd.Function):
@@ -560,14 +561,15 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """c -> 4c -> c on every token. On a CPU so many frames at a time that what is between is reused memory."""
+    """c -> 4c -> c on every token, on a CPU in pieces of some frames: see `LARGEST_REUSED`."""
     def __init__(self, channels):
         super().__init__()
         width = 4 * channels
         self.net = nn.Sequential(GEGLU(channels, width), nn.Dropout(0), Linear(width, channels))
 
     def forward(self, x):
-        pieces = -(-8 * x.numel() * x.element_size() // LARGEST_REUSED) if on_cpu(x) else 1
+        largest = 8 * x.numel() * x.element_size()                            # values and gates, 4c of each
+        pieces = -(-largest // LARGEST_REUSED) if on_cpu(x) else 1
         return self.net(x) if pieces == 1 else torch.cat([self.net(part) for part in x.chunk(pieces)])
 
 

@@ -70,7 +70,8 @@ def theirs(args, config, checkpointing=False):
     unet = UNetMotionModel(
         block_out_channels=config.widths, layers_per_block=config.res_blocks, down_block_types=attention,
         up_block_types=[kind.replace("Down", "Up") for kind in reversed(attention)],
-        cross_attention_dim=config.text_width, num_attention_heads=config.heads, motion_num_attention_heads=config.heads)
+        cross_attention_dim=config.text_width, num_attention_heads=config.heads,
+        motion_num_attention_heads=config.heads)
     dtype = getattr(torch, args.type)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("motion_modules" in name)
@@ -176,8 +177,9 @@ def table_of_time(args, config):
         except BrokenProcessPool:
             print(f"{name:34} crashed, or ran out of memory: try --no-channels_last, --frames or --latents")
             continue
+        ratio = best / rows.get("ours", math.nan)
         print(f"{name:34} {best:7.2f} s, {args.batch_size * args.frames / best:6.2f} frames/s, "
-              f"{share / best:4.0%} of the machine's peak, {best / rows.get('ours', math.nan):5.2f} of ours", flush=True)
+              f"{share / best:4.0%} of the machine's peak, {ratio:5.2f} of ours", flush=True)
 
 
 def main(argv=None):

@@ -303,13 +303,18 @@ def test_a_linear_layer_is_its_formula_whichever_kernel_computes_it(monkeypatch,
             assert all(home(tensor) == home(layer.weight) for tensor in kept)
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """A list that grows with every conv that is computed as a product of patches."""
+    called, real = [], M.patches
+    monkeypatch.setattr(M, "patches", lambda x, stride: (called.append(x), real(x, stride))[1])
+    return called
+
+
 @pytest.mark.parametrize("lean", [False, True])
-def test_a_conv_as_a_product_of_patches_is_the_conv(monkeypatch, lean):
+def test_a_conv_as_a_product_of_patches_is_the_conv(monkeypatch, products, lean):
     """Output and gradient against float64, at every edge of an oblong picture; other convs stay convs."""
     monkeypatch.setattr(M, "mostly_sorting", lambda x, pixels, weight: True)
-    called = []
-    real = M.patches
-    monkeypatch.setattr(M, "patches", lambda x, stride: (called.append(x), real(x, stride))[1])
     torch.manual_seed(0)
     for options in (dict(padding=1), dict(padding=1, stride=2), dict(padding=0)):
         layer = M.Conv2d(6, 10, 3, **options).requires_grad_(False)
@@ -321,7 +326,7 @@ def test_a_conv_as_a_product_of_patches_is_the_conv(monkeypatch, lean):
         assert torch.allclose(out.double(), exact, atol=1e-5)
         gradients = torch.autograd.grad(out, x, slope) + torch.autograd.grad(exact, x, slope.double())
         assert torch.allclose(*gradients, atol=1e-5)
-    assert len(called) == 2
+    assert len(products) == 2
 
 
 def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
@@ -341,11 +346,10 @@ def test_attention_in_cache_is_attention_and_keeps_no_scores(monkeypatch):
             assert largest(found, right) <= 1e-5
 
 
-def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeypatch):
+def test_kernels_for_the_cpu_are_chosen_in_bfloat16_and_not_in_a_dry_run(monkeypatch, products):
     """A dry run is about a GPU, though its tensors, which have no content, say that they are on the CPU."""
-    half, attended, products, real = torch.bfloat16, [], [], M.patches
+    half, attended = torch.bfloat16, []
     monkeypatch.setattr(M, "attention_in_cache", lambda q, k, v: attended.append(q.dtype))
-    monkeypatch.setattr(M, "patches", lambda x, stride: (products.append(x), real(x, stride))[1])
     q = torch.randn(1, 2, 4, 8)
     attention(q, q, q)
     attention(*3 * [q.half()])
