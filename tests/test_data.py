@@ -461,6 +461,18 @@ def test_batches_of_own_clips_do_not_depend_on_who_draws_them(prepared, small_we
         assert torch.allclose(latents, plain[step]["latents"], atol=1e-3)   # half precision
 
 
+def test_reading_ahead_leaves_the_loop_its_threads():
+    """The thread that reads has one for its tensor operations: with helpers of its own there would be more
+    threads than cores, and OpenMP would slow all of them down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ahead = data.prefetch(lambda step: torch.get_num_threads())
+        assert [ahead(0), ahead(1), torch.get_num_threads()] == [1, 1, 2]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_short_clips_are_drawn_from_as_far_as_they_reach():
     """Clips of unlike lengths: every clip that can hold a window is drawn, at every place, and no other."""
     clips = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), [False] * 3,
