@@ -115,7 +115,7 @@ def optimisation_flags(p):
     p.add_argument("--ema_decay", type=float, default=0.998,
                    help="of the averaged weights, which are what is kept; 0: no average")
     p.add_argument("--mixed_precision", choices=("no", "fp16", "bf16", "auto"),
-                   help="fp16 only on a GPU; bf16 does not pay for the tiny preset; auto is bf16 where the "
+                   help="fp16 only on a GPU; bf16 gains the tiny preset little; auto is bf16 where the "
                    "device really has it, else fp16. In the video stages the frozen layers are then stored "
                    "in it too. Default: no for tiny, auto for sd15")
     p.add_argument("--seed", type=int, default=0)
