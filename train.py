@@ -157,7 +157,8 @@ def process_flags(p):
 
 def report_flags(p):
     """What to look at once in a while, or before."""
-    p.add_argument("--val_every", type=int, default=250)
+    p.add_argument("--val_every", type=int, help="steps between validations; default: a quarter of the run, "
+                   "but 20 to 250")
     p.add_argument("--sample_every", type=int, default=1000,
                    help="steps between contact sheets; 0: only at the end")
     p.add_argument("--save_every", type=int, default=250)
@@ -179,6 +180,8 @@ def parse(argv):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.val_every is None:
+        args.val_every = min(max(20, args.max_steps // 4), 250)
     args.out = args.out or os.path.join("out", args.stage)
     args.data_hash = None   # of the clips of --data, when they have been found
     for name in ("data", "error_bank", "lora_rank", "focus"):

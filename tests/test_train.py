@@ -45,6 +45,13 @@ def whole_and_cut(tmp_path, weights, monkeypatch, step, **options):
 
 
 @pytest.mark.usefixtures("quick_validation")
+def test_short_runs_validate_on_the_way_and_long_ones_not_too_often():
+    """A learner sees the loss of the first three minutes fall, and not only where it ended."""
+    every = lambda *more: train.parse(["--stage", "interp", *more]).val_every
+    assert every() == 60 and every("--max_steps", "4") == 20 and every("--max_steps", "8000") == 250
+    assert every("--val_every", "7") == 7
+
+
 def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
     """20 steps == 10 steps, a crash, --resume, 10 steps.
 
