@@ -44,7 +44,6 @@ def whole_and_cut(tmp_path, weights, monkeypatch, step, **options):
     return [tmp_path / run / options.get("stage", "interp") for run in ("whole", "cut")]
 
 
-@pytest.mark.usefixtures("quick_validation")
 def test_short_runs_validate_on_the_way_and_long_ones_not_too_often():
     """A learner sees the loss of the first three minutes fall, and not only where it ended."""
     every = lambda *more: train.parse(["--stage", "interp", *more]).val_every
@@ -52,6 +51,7 @@ def test_short_runs_validate_on_the_way_and_long_ones_not_too_often():
     assert every("--val_every", "7") == 7
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
     """20 steps == 10 steps, a crash, --resume, 10 steps.
 
