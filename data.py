@@ -398,8 +398,9 @@ def prefetch(draw):
     One thread, one batch ahead. `draw` is a pure function of the step, so the order stays what it was."""
     pool, ahead, threads = ThreadPoolExecutor(1), {}, torch.get_num_threads()
     # A thread that computes in parallel has helpers of its own. With more helpers than cores, OpenMP puts all
-    # to sleep after every operation, those of the training loop too: a step took 1.3 times as long.
-    pool.submit(lambda: torch.set_num_threads(1) or torch.get_num_threads()).result()   # asked for: settled
+    # to sleep after every operation, those of the training loop too: a step took 1.3 times as long. A number
+    # of threads is the thread's own once it has been read there; unread, it would change with the next line.
+    pool.submit(lambda: torch.set_num_threads(1) or torch.get_num_threads()).result()
     torch.set_num_threads(threads)
 
     def batch(step):
