@@ -167,7 +167,7 @@ def process(rank, ports, folder, weights):
 
 def run_joint(folder, weights):
     """A run of sample.py whose keys are one window, dual-scope; fills are shared out as ever."""
-    sample.ANIMATION_FRAMES = 0
+    sample.ANIMATION_FRAMES, sample.write_mp4 = 0, lambda *_: None   # there are no fixtures in a child
     return run(folder, weights, "--schedule", "joint", "--max_stride", "4", "--radius", "3",
                "--global_frames", "3", "--steps", "2", "--guidance_scale", "2")
 
@@ -176,7 +176,6 @@ def run_joint(folder, weights):
 def shared(restless_weights, tmp_path_factory):
     """The folder where four processes have left what they said and made."""
     folder, context = tmp_path_factory.mktemp("shared"), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sample"])    # torch is imported once, not four times
     sockets = [socket.create_server(("localhost", 0)) for _ in CLIPS]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import data
 import diffusion
 import sample
 from model import is_temporal, load_weights, save_weights
+from sample import write_mp4
 from schedule import joint, ladder, seed
 from test_long import no_animations   # noqa: F401
 
@@ -35,11 +37,17 @@ def pixels(folder):
 def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, monkeypatch, frames):
     """N numbered frames, moving pictures, sheet, plot, metrics, latents and arguments, for any N."""
     monkeypatch.setattr(sample, "ANIMATION_FRAMES", 20)
+    monkeypatch.setattr(sample, "write_mp4", write_mp4)
     folder = run(tmp_path, restless_weights, frames=frames)
     assert len(os.listdir(folder / "frames")) == frames and (folder / "frames" / "00001.png").exists()
     for name in ("video.gif", "video.webp", "sheet.png", "drift.png"):
         with Image.open(folder / name) as image:
             image.load()
+    if shutil.which("ffmpeg"):
+        film = data.run_tool(["ffprobe", "-v", "error", "-count_frames", "-show_entries",
+                              "stream=width,height,pix_fmt,nb_read_frames", "-of", "csv=p=0",
+                              str(folder / "video.mp4")])
+        assert film.decode().strip() == f"256,256,yuv420p,{frames}"
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     assert [int(row["frame"]) for row in rows] == list(range(1, frames + 1))
     assert json.load(open(folder / "args.json"))["frames"] == frames
