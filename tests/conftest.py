@@ -1,5 +1,6 @@
 """What several test files need: the project on the path, and a model small enough to train in a test."""
 
+import multiprocessing
 import os
 import sys
 from dataclasses import replace
@@ -11,6 +12,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
 from model import PRESETS, Model, is_temporal, load_weights, save_weights  # noqa: E402
+
+# tests that start several processes fork them from one that has imported all this once, and done nothing else
+multiprocessing.set_forkserver_preload(["train", "sample", "torch._dynamo", "torch.distributed.fsdp",
+                                        "torch.distributed.pipelining"])
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +49,18 @@ def restless_weights(small_weights, tmp_path_factory):
 
 @pytest.fixture
 def quick_validation(monkeypatch):
-    """One batch at every second level: validation is half of a short run, and not what its test is about."""
-    real, levels = train.validation_loss, train.LEVELS[1::2]
-    monkeypatch.setattr(train, "validation_loss", lambda model, schedule, batches, args, device:
-                        real(model, schedule, batches[:1], args, device, levels))
+    """One example at every second level: validation is half of a short run, and not what its test is about."""
+    validation_loss = train.validation_loss
+
+    def short(model, schedule, batches, args, device):
+        """The validation loss of very little."""
+        first = {key: values[:1] for key, values in batches[0].items()}
+        return validation_loss(model, schedule, [first], args, device, train.LEVELS[1::2])
+
+    monkeypatch.setattr(train, "validation_loss", short)
+
+
+@pytest.fixture
+def no_sheet(monkeypatch):
+    """No contact sheet at the end of a run: a third of a run of few steps."""
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)

@@ -29,8 +29,9 @@ def work(rank, world, port, argv, crash):
         return get_learning_rate(step, args)
 
     def short(model, schedule, batches, args, device):
-        """The validation loss at a few levels of one batch."""
-        return validation_loss(model, schedule, batches[:1], args, device, train.LEVELS[1::2])
+        """The validation loss at a few levels of one example."""
+        first = {key: values[:1] for key, values in batches[0].items()}
+        return validation_loss(model, schedule, [first], args, device, train.LEVELS[1::2])
 
     train.get_learning_rate, train.validation_loss = dying, short
     train.sample_sheet = lambda *_: None
@@ -43,8 +44,7 @@ def run(folder, weights, n, *more, stage="interp", crash=None, steps=4):
             "--gradient_accumulation_steps", "2", "--worlds", "2", "--frames", "31", "--warmup_steps", "2",
             "--val_every", "100", "--sample_every", "0", "--save_every", "2", "--device", "cpu", *more]
     argv += ["--weights", weights] if stage != "vae" else []
-    context = multiprocessing.get_context("forkserver")   # imports torch once, and forks before it is used
-    context.set_forkserver_preload(["train"])
+    context = multiprocessing.get_context("forkserver")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -144,6 +144,7 @@ def test_runs_that_cannot_be_shared_say_why(n, argv, words):
         train.batch_parts(args, n)
 
 
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, small_weights, capsys):
     """Four parts that make up nearly the whole step, and a trace that can be opened."""
     train.main(["--stage", "interp", "--out", str(tmp_path / "run"), "--max_steps", "6", "--batch_size", "2",
