@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_a_backbone_in_8_bit_is_a_byte_per_number_and_says_nearly_the_same(small
     assert 0 < distance(found, exact) < 0.05
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_an_optimizer_on_the_cpu_makes_the_same_steps(tmp_path, small_weights):
     """Weights, average and optimizer state after some steps, bit for bit; and a checkpoint that resumes."""
     run = lambda name, **more: train.main(arguments(tmp_path, small_weights, out=tmp_path / name,
@@ -149,7 +150,7 @@ def test_an_optimizer_on_the_cpu_makes_the_same_steps(tmp_path, small_weights):
     run("there", optimizer_on_cpu=True, resume="auto")     # state made there goes on here
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_a_lora_starts_as_nothing_and_ends_in_a_file_that_other_programs_read(tmp_path, small_weights):
     """--lora_rank: the image model is what it was at the start.
 
@@ -219,8 +220,8 @@ def test_the_prediction_is_what_a_real_step_takes(tmp_path, small_config, monkey
 
 
 def test_every_flag_lowers_the_prediction(tmp_path, small_config, monkeypatch):
-    """Each alone, against none of them."""
-    monkeypatch.setitem(train.PRESETS, "tiny", small_config)
+    """Each alone, against none of them, for a UNet of one level."""
+    monkeypatch.setitem(train.PRESETS, "tiny", replace(small_config, widths=(32,), attention_levels=(0,)))
 
     def predict(**flags):
         return sum(train.predict_memory(train.parse(arguments(tmp_path, "none", **flags)), 5).values())
@@ -232,21 +233,24 @@ def test_every_flag_lowers_the_prediction(tmp_path, small_config, monkeypatch):
         assert predict(**({} if flag == "lean" else {"no-lean": True, flag: wanted})) < most, flag
 
 
-def test_a_dry_run_says_what_to_add_and_ends_with_the_peak(tmp_path, small_config, monkeypatch, capsys):
-    """With --vram: a GPU that is large enough, one that needs a flag, one that is too small."""
-    monkeypatch.setitem(train.PRESETS, "tiny", small_config)
-    peak = None
-    for words in ("it fits\n", "it fits with --gradient_checkpointing 1:", "it does not fit, with"):
-        vram = 99 if peak is None else 1 + 0.8 * peak if "--" in words else 0.5
-        train.main(arguments(tmp_path, "none", batch_size=100, dry_run=True, vram=vram))
-        lines = capsys.readouterr().out.splitlines(keepends=True)
-        assert any(words in line for line in lines), "".join(lines)
-        assert lines[-1].startswith("predicted peak: ") and lines[-1].endswith(" GB\n")
-        peak = float(lines[-1].split()[-2])
+def test_a_dry_run_says_what_to_add_and_ends_with_the_peak(tmp_path, monkeypatch, capsys):
+    """With --vram: as few flags as it takes, in the order of SAVINGS, here where each halves 64 GB."""
+    flags = ["--lean", "--gradient_checkpointing 1", "--optimizer_on_cpu", "--offload_activations",
+             "--backbone_8bit", "--activations_8bit"]
+    saved = lambda args: sum(getattr(args, name) == value for name, value in train.SAVINGS)
+    monkeypatch.setattr(train, "predict_memory", lambda args, f: {"all": 64e9 / 2 ** saved(args)})
+    for n in range(7):
+        options = {"no-lean": True, "dry_run": True, "vram": train.RESERVE + 64 / 2 ** n}
+        train.main(arguments(tmp_path, "none", **options))
+        lines = capsys.readouterr().out.splitlines()
+        added = f" with {' '.join(flags[:n])}: {64 / 2 ** n:.1f} GB" if n else ""
+        assert lines[-2].endswith(f": it fits{added}") and lines[-1] == "predicted peak: 64.0 GB"
+    train.main(arguments(tmp_path, "none", **options | {"vram": 1.5}))
+    assert f"it does not fit, with {' '.join(flags)} neither: 1.0 GB" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_all_flags_together_run_and_leave_a_model(tmp_path, small_weights):
     """In bfloat16, all at once, with a checkpoint that resumes and an export that loads."""
     options = dict(ALL, mixed_precision="bf16", export=tmp_path / "all.safetensors")

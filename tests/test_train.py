@@ -51,7 +51,7 @@ def test_short_runs_validate_on_the_way_and_long_ones_not_too_often():
     assert every("--val_every", "7") == 7
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypatch):
     """20 steps == 10 steps, a crash, --resume, 10 steps.
 
@@ -67,7 +67,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, small_weights, monkeypat
     assert losses[0] == losses[1] and len(losses[0]) == 21
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_a_run_with_an_error_bank_resumes_exactly(tmp_path, small_weights, monkeypatch):
     """The bank is in the checkpoint: 4 steps == 2 steps, a crash, --resume, 2 steps, bit for bit."""
     options = dict(stage="extrap", max_steps=4, save_every=2, error_bank=0.7)
@@ -150,7 +150,7 @@ def test_video_stage_starts_at_the_loss_of_its_image_model(tmp_path, small_weigh
     assert with_time[1] == pytest.approx(without[1], abs=1e-6)
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, small_weights):
     """After a run every frozen parameter is untouched, and the stage file holds the temporal layers only."""
     train.main(arguments(tmp_path, small_weights, export=tmp_path / "all.safetensors"))
@@ -308,9 +308,11 @@ def test_learning_rate_warms_up_and_comes_down_to_zero(tmp_path):
 
 
 def test_dry_run_touches_nothing(tmp_path, small_weights, capsys):
-    """--dry_run says what would be trained and leaves no file."""
+    """--dry_run says what would be trained and what memory it would take, and leaves no file."""
     train.main(arguments(tmp_path, small_weights) + ["--dry_run"])
-    assert "trainable" in capsys.readouterr().out and not os.listdir(tmp_path)
+    printed = capsys.readouterr().out
+    assert "trainable" in printed and float(printed.split("predicted peak: ")[1].removesuffix(" GB\n")) > 0
+    assert not os.listdir(tmp_path)
 
 
 def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_weights):
@@ -338,17 +340,25 @@ def test_user_frames_are_clean_and_only_made_frames_are_noised(tmp_path, small_w
             assert seen["t"][row, place] == wanted and same == (wanted == 0)
 
 
-@pytest.mark.usefixtures("quick_validation")
-def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, small_weights):
+ONE_STEP = dict(max_steps=1, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory, small_weights):
+    """The folder that holds, as interp/, a run of one step."""
+    folder = tmp_path_factory.mktemp("one_step")
+    train.main(arguments(folder, small_weights, **ONE_STEP))
+    return folder
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(one_step, small_weights):
     """A second run into the same folder is refused, and the first stays as it was."""
-    train.main(arguments(tmp_path, small_weights, max_steps=1))
-    before = (tmp_path / "interp" / "ckpt.pt").read_bytes()
+    before = (one_step / "interp" / "ckpt.pt").read_bytes()
     with pytest.raises(ValueError, match="already holds a run"):
-        train.main(arguments(tmp_path, small_weights, max_steps=1))
-    assert (tmp_path / "interp" / "ckpt.pt").read_bytes() == before
+        train.main(arguments(one_step, small_weights, **ONE_STEP))
+    assert (one_step / "interp" / "ckpt.pt").read_bytes() == before
 
 
-@pytest.mark.usefixtures("quick_validation")
 @pytest.mark.parametrize("change, words", [
     ({"stage": "extrap", "resume": "interp/ckpt.pt"}, "checkpoint of stage interp"),
     ({"learning_rate": 1e-5, "resume": "auto"}, "learning_rate"),
@@ -356,15 +366,14 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, small_weights):
     ({"weights": "missing.safetensors"}, "no weights file"),
     ({"weights": "interp/weights.safetensors"}, "only the temporal layers"),
 ])
-def test_wrong_files_are_named(tmp_path, small_weights, change, words):
+def test_wrong_files_are_named(one_step, small_weights, change, words):
     """A checkpoint of another stage or with other settings, or weights that are none: nothing is started.
 
     One sentence says why."""
-    train.main(arguments(tmp_path, small_weights, max_steps=1))
     is_path = lambda key, value: isinstance(value, str) and value != "auto" and key != "stage"
-    fixed = {key: tmp_path / value if is_path(key, value) else value for key, value in change.items()}
+    fixed = {key: one_step / value if is_path(key, value) else value for key, value in change.items()}
     with pytest.raises(ValueError, match=words):
-        train.main(arguments(tmp_path, small_weights, **({"max_steps": 1} | fixed)))
+        train.main(arguments(one_step, small_weights, **ONE_STEP | fixed))
 
 
 def test_weights_of_another_preset_are_refused(tmp_path, small_weights):
@@ -392,7 +401,7 @@ def own_clips(tmp_path_factory, small_weights):
     return folder
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, own_clips, monkeypatch):
     """--data: 4 steps == 2 steps, a crash, --resume, 2 steps; and no clip is read that --drop names."""
     (tmp_path / "drop.txt").write_text("3.mp4/000\n")
@@ -405,7 +414,7 @@ def test_own_clips_are_trained_on_and_resumed_exactly(tmp_path, small_weights, o
     assert len(clips("train")) == 6 and "3.mp4/000" not in clips("train") and len(clips("val")) == 1
 
 
-@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_what_is_trained_on_does_not_change_in_the_middle_of_a_run(tmp_path, small_weights, own_clips):
     """Another --drop list, none, or clips that were encoded anew: resuming is refused, with a sentence."""
     folder, drop = tmp_path / "own", tmp_path / "drop.txt"
