@@ -321,17 +321,19 @@ def start_noise(seed, frame, shape, correlation=0.0):
 
 # ----------------------------------------------------------------------------------------- a whole window
 
-def ddim_sample(schedule, say, x, t_given, new, levels):
+def ddim_sample(schedule, say, x, t_given, new, levels, eta=0.0, step_noise=None):
     """Denoise the frames `new` of a window, the given frames in view at every step.   (b, c, f, h, w) -> same
 
     say      (x_t, t) -> what the network says about x_t, guided or not
     x        noise where a frame is new, else its given latents, which are put back after every step
     t_given  (b, f) levels that the given frames stand at; new  (b, f) bool
     levels   what `ddim_timesteps` returns, and the end of the walk: [999, 899, ... 99, -1]
+    eta      of `ddim_step`; above 0, step_noise(i) is the noise of the i-th step, shaped like x
     """
     given = ~new[:, None, :, None, None]
     x_t = x
-    for t, t_prev in zip(levels, levels[1:]):
+    for i, (t, t_prev) in enumerate(zip(levels, levels[1:])):
         t, t_prev = torch.where(new, t, t_given), torch.where(new, t_prev, t_given)
-        x_t = torch.where(given, x, ddim_step(schedule, x_t, t, t_prev, say(x_t, t)))
+        noise = step_noise(i) if eta > 0 else None
+        x_t = torch.where(given, x, ddim_step(schedule, x_t, t, t_prev, say(x_t, t), eta, noise))
     return x_t

@@ -57,11 +57,11 @@ ANIMATION_FRAMES = 241      # longer videos get no GIF and WebP, whose writers k
 # lanes of PCIe 4
 SPEEDS = {"tiny": (50e9, 1e9), "sd15": (25e12, 12e9)}
 HISTORY_LEVEL = 250         # of given frames where history guidance leads away from; training has none higher
-FIRST_FRAME_STEPS = 20      # at least: a picture from nothing needs more steps than a frame beside known ones
+FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps than a frame beside known ones
 # what a preset uses where the command line is silent: DDIM steps of windows that lead on and that fill,
-# guidance of both, noise of frames the model made
-DEFAULTS = {"tiny": (10, 1, 1.5, 1.0, "none", "smooth"),
-            "sd15": (30, 30, 7.5, 7.5, "nsr=0.33", "plain")}
+# guidance of both, noise of frames the model made, how joins are shown, and eta of a first frame from nothing
+DEFAULTS = {"tiny": (10, 1, 1.5, 1.0, "none", "smooth", 1.0),
+            "sd15": (30, 30, 7.5, 7.5, "nsr=0.33", "plain", 0.0)}
 
 
 def content_flags(p):
@@ -98,13 +98,16 @@ def method_flags(p):
     p.add_argument("--global_frames", type=int, default=0, help="with --radius: so many frames, spread "
                    "evenly from the first to the last, are attended to by all others too; try 16")
     p.add_argument("--steps", type=int, help="DDIM steps of a window that starts a video or goes on; default "
-                   "10 for tiny, 30 for sd15; a first frame from nothing takes at least 20")
+                   "10 for tiny, 30 for sd15; a first frame from nothing takes at least 50")
     p.add_argument("--fill_steps", type=int, help="of a window that fills between known frames, where less "
                    "is open; default 1 for tiny, 30 for sd15")
     p.add_argument("--guidance_scale", type=float, help="how strongly the prompt leads a window that starts "
                    "a video or goes on; 1 is off and twice as fast; default 1.5 for tiny, 7.5 for sd15")
     p.add_argument("--fill_guidance_scale", type=float,
                    help="the same for a window that fills; default 1 for tiny, 7.5 for sd15")
+    p.add_argument("--eta", type=float, help="how much noise the steps of a first frame from nothing add "
+                   "again, 0 (DDIM) to 1 (as DDPM), so that later steps mend what earlier ones got wrong; "
+                   "default 1 for tiny, 0 for sd15")
     p.add_argument("--guidance_rescale", type=float, default=0.0,
                    help="0 to 1; 0.7 tames the burnt colours of strong guidance")
     p.add_argument("--aug", help="noise level of given frames that the model made itself: nsr=0.33, snr=..., "
@@ -171,8 +174,8 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.resume or args.extend is not None:
         args = continued(p, argv, args)
-    for name, value in zip(("steps", "fill_steps", "guidance_scale", "fill_guidance_scale", "aug", "joins"),
-                           DEFAULTS[args.preset]):
+    for name, value in zip(("steps", "fill_steps", "guidance_scale", "fill_guidance_scale", "aug", "joins",
+                            "eta"), DEFAULTS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.weights is None:
@@ -182,6 +185,8 @@ def parse(argv):
         args.weights = TINY_WEIGHTS
     for steps in (args.steps, args.fill_steps):
         ddim_timesteps(steps)   # says so if there cannot be so many
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta {args.eta}: expected 0, as DDIM, to 1, as much noise as DDPM")
     if args.radius is not None and args.radius < 0 or args.global_frames < 0:
         raise ValueError(f"--radius {args.radius} --global_frames {args.global_frames}: neither can be below "
                          "0, try 8 and 16")
@@ -447,12 +452,13 @@ class Sampler:
         """Text embeddings of the prompts, and of the negative prompt as often."""
         return self.model.context(prompts), self.model.context([self.args.negative_prompt] * len(prompts))
 
-    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None, clips=None, top=T - 1, weak=None):
+    def denoise(self, x, t_given, new, contexts, steps, scale, frames=None, clips=None, top=T - 1, weak=None,
+                step_noise=None):
         """Windows (b, 4, f, h, w) with noise where `new` (b, f) -> the same windows, after `steps` steps.
 
         scale: of the guidance. clips: who has the other frames, if this process does not have all. top: the
         level that new frames start at. weak: for history guidance, the windows with given frames at
-        HISTORY_LEVEL."""
+        HISTORY_LEVEL. step_noise: what --eta adds at each step; without it nothing."""
         positive, negative = contexts
 
         def say(x_t, t):
@@ -472,16 +478,23 @@ class Sampler:
 
         levels = [(level + 1) * (top + 1) // T - 1 for level in ddim_timesteps(steps, self.spacing)]
         answer = say if weak is None else led_by_history
-        return ddim_sample(self.schedule, answer, x, t_given, new, levels + [self.last])
+        eta = self.args.eta if step_noise else 0.0
+        return ddim_sample(self.schedule, answer, x, t_given, new, levels + [self.last], eta, step_noise)
 
     def first_frames(self, seeds, prompts):
-        """Pictures from the image model alone: latents (n, 4, 1, h, w)."""
+        """Pictures from the image model alone: latents (n, 4, 1, h, w).
+
+        Nothing beside them says what is right, so a step should mend what earlier ones left half done. Where
+        noise is added again it can (2206.00364, section 4)."""
         size = self.model.config.size // self.model.config.vae_factor
-        noise = torch.stack([frame_noise(seed, 0, (4, 1, size, size)) for seed in seeds]).to(self.device)
+        noise = lambda frame: torch.stack([frame_noise(seed, frame, (4, 1, size, size))
+                                           for seed in seeds]).to(self.device)
+        step_noise = lambda i: noise(-1 - i)    # that of frames no video has
         new = torch.ones(len(seeds), 1, dtype=torch.bool, device=self.device)
         steps = max(self.args.steps, FIRST_FRAME_STEPS)
         t_given, scale = torch.zeros_like(new).long(), self.args.guidance_scale
-        return self.denoise(noise, t_given, new, self.contexts(prompts), steps, scale)
+        return self.denoise(noise(0), t_given, new, self.contexts(prompts), steps, scale,
+                            step_noise=step_noise)
 
     def windows(self, jobs, latents, contexts, seeds, user, borders=(0,), rank=0, world=1):
         """Make the new frames of jobs (video index, window) of equal kind; puts them into `latents`.

@@ -49,7 +49,7 @@ def restless_weights(small_weights, tmp_path_factory):
 
 @pytest.fixture
 def quick_validation(monkeypatch):
-    """One example at every second level: validation is half of a short run, and not what its test is about."""
+    """One example at every second level: validation is half of a short run, and few tests are about it."""
     validation_loss = train.validation_loss
 
     def short(model, schedule, batches, args, device):

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import diffusion as D
-from diffusion import NoiseSchedule, ddim_step, ddim_timesteps, ddpm_step, frame_noise, parse_noise_level
+from diffusion import (NoiseSchedule, ddim_sample, ddim_step, ddim_timesteps, ddpm_step, frame_noise,
+                       parse_noise_level)
 
 REFERENCE = load_file(Path(__file__).parent / "fixtures" / "schedule.safetensors")
 EPS, V, V_ZERO = NoiseSchedule("eps"), NoiseSchedule("v"), NoiseSchedule("v", zero_terminal_snr=True)
@@ -77,14 +78,17 @@ def test_ddim_walks_match_the_reference():
     walks = [(EPS, "leading", *case, "walk/" + "/".join(case)) for case in cases("walk")]
     walks.append((V_ZERO, "trailing", 10, 0, 1, "walk_zero_snr"))
     for schedule, spacing, steps, eta, scale, name in walks:
-        x, states, ts = REFERENCE["walk_start"], [], ddim_timesteps(int(steps), spacing)
-        for i, (t, t_prev) in enumerate(zip(ts, ts[1:] + [0])):
-            output = D.guide(network(x, t, 0), network(x, t, 1), float(scale))
-            level, level_prev = torch.full((1, 3), t), torch.full((1, 3), t_prev)
-            noise = REFERENCE["walk_noise"][i % 10]
-            x = ddim_step(schedule, x, level, level_prev, output, float(eta), noise)
+        states, new = [], torch.ones(1, 3).bool()
+
+        def say(x, t):
+            """Guided, and every x is kept."""
             states.append(x)
-        assert_near(torch.stack(states)[-len(REFERENCE[name]):], name, 1e-4)
+            return D.guide(*(network(x, t[0, 0].item(), c) for c in (0, 1)), float(scale))
+
+        x = ddim_sample(schedule, say, REFERENCE["walk_start"], torch.zeros(1, 3).long(), new,
+                        ddim_timesteps(int(steps), spacing) + [0], float(eta),
+                        lambda i: REFERENCE["walk_noise"][i % 10])
+        assert_near(torch.stack([*states[1:], x])[-len(REFERENCE[name]):], name, 1e-4)
 
 
 def test_ddpm_steps_match_the_reference():

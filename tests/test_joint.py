@@ -168,7 +168,7 @@ def process(rank, ports, folder, weights):
 def run_joint(folder, weights):
     """A run of sample.py whose keys are one window, dual-scope; fills are shared out as ever."""
     sample.ANIMATION_FRAMES, sample.write_mp4 = 0, lambda *_: None   # there are no fixtures in a child
-    return run(folder, weights, "--schedule", "joint", "--max_stride", "4", "--radius", "3",
+    return run(folder, weights, "--world", "1", "--schedule", "joint", "--max_stride", "4", "--radius", "3",
                "--global_frames", "3", "--steps", "2", "--guidance_scale", "2")
 
 

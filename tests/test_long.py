@@ -170,8 +170,8 @@ def test_each_frame_is_made_under_the_prompt_of_its_segment(restless_weights, mo
     seen, denoise, windows = [], sample.Sampler.denoise, sample.Sampler.windows
     monkeypatch.setattr(sample.Sampler, "windows", lambda self, jobs, *rest: (
         seen.append([w.new for _, w in jobs]), windows(self, jobs, *rest)))
-    monkeypatch.setattr(sample.Sampler, "denoise", lambda self, x, t, new, context, *rest: (
-        seen.append(context[0]), denoise(self, x, t, new, context, *rest))[1])
+    monkeypatch.setattr(sample.Sampler, "denoise", lambda self, x, t, new, context, *rest, **more: (
+        seen.append(context[0]), denoise(self, x, t, new, context, *rest, **more))[1])
     run(tmp_path / "run", restless_weights, "--prompts", "0:dawn,17:night, red balloon")
     batches = zip(seen[1::2], seen[2::2])   # the first context is that of the first frame
     for news, rows in batches:

@@ -157,6 +157,24 @@ def test_fills_have_steps_and_guidance_of_their_own(restless_weights):
     assert sample.cost(fill, args) == len(fill.frames) * 2
 
 
+def test_a_first_frame_takes_fresh_noise_at_every_step_if_eta_is_not_0(restless_weights, monkeypatch):
+    """At eta 0 one noise alone is drawn, that of frame 0; else another for every step, of the seed alone."""
+    assert sample.parse([]).eta == 1 and sample.parse(["--preset", "sd15", "--weights", "x"]).eta == 0
+    drawn, frame_noise = [], sample.frame_noise
+    monkeypatch.setattr(sample, "frame_noise", lambda seed, frame, shape: (
+        drawn.append((seed, frame)), frame_noise(seed, frame, shape))[1])
+    made = {}
+    for eta in ("0", "1"):
+        sampler, _, contexts = sampler_of(restless_weights, "--eta", eta)
+        made[eta] = sampler.first_frames([7, 8], ["dusk", "dusk"])
+        assert len(set(drawn)) == len(drawn) == 2 * (1 + sample.FIRST_FRAME_STEPS * int(eta))
+        drawn.clear()
+    assert not torch.allclose(made["0"], made["1"], atol=0.01)
+    assert torch.allclose(sampler.first_frames([8], ["dusk"])[0], made["1"][1], atol=1e-4)
+    with pytest.raises(ValueError, match="--eta 1.5"):
+        sample.parse(["--eta", "1.5"])
+
+
 def test_a_batch_has_one_number_of_steps_and_one_guidance(restless_weights):
     """Keyframes 80 apart are led to, others 16 apart filled between: same stage, level and length."""
     args = sample.parse(["--weights", restless_weights, "--fill_steps", "10", "--fill_guidance_scale", "1",
@@ -350,7 +368,7 @@ def test_a_fill_can_start_from_the_blend_of_its_ends(restless_weights, monkeypat
 
     So does a window that processes share, however close its given frames are."""
     seen = []
-    monkeypatch.setattr(sample, "ddim_sample", lambda schedule, say, x, t_given, new, levels: (
+    monkeypatch.setattr(sample, "ddim_sample", lambda schedule, say, x, t_given, new, levels, *_: (
         seen.append((x, new, levels)), x)[1])
     plan = ladder(61)
     for window in (plan[0], plan[-1], joint(17, (0, 16), 1)[0]):
