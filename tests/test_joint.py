@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import sample
 from model import Around, SharedWindow, TemporalAttention, load_weights, scope_mask
 from schedule import assign, gain, joint, ladder, share, verify
-from test_long import contents, no_animations, run   # noqa: F401
+from test_long import contents, make_quick, quick_runs, run   # noqa: F401
 
 SCOPES = {"full": (math.inf, 0), "local": (4, 0), "dual": (3, 5), "nothing near": (0, 2)}
 CLIPS = ([10, 10], [7, 9, 4], [3, 8, 2, 7])   # uneven, and shorter than a radius
@@ -167,7 +167,7 @@ def process(rank, ports, folder, weights):
 
 def run_joint(folder, weights):
     """A run of sample.py whose keys are one window, dual-scope; fills are shared out as ever."""
-    sample.ANIMATION_FRAMES, sample.write_mp4 = 0, lambda *_: None   # there are no fixtures in a child
+    make_quick()   # there are no fixtures in a child
     return run(folder, weights, "--world", "1", "--schedule", "joint", "--max_stride", "4", "--radius", "3",
                "--global_frames", "3", "--steps", "2", "--guidance_scale", "2")
 

@@ -33,17 +33,23 @@ def contents(folder):
             if path.is_file() and path.name not in ("args.json", "video.gif", "video.webp")}
 
 
+def make_quick(change=setattr):
+    """No GIFs and films of noise, and few steps for a first frame: they take longer than all else."""
+    change(sample, "ANIMATION_FRAMES", 0)
+    change(sample, "FIRST_FRAME_STEPS", 2)
+    change(sample, "write_mp4", lambda *_: None)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def no_animations():
-    """GIFs and films of noise take longer than all else; one test of test_sample.py looks at them."""
+def quick_runs():
+    """That, for all tests of a file that imports it; one test of test_sample.py looks at animations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "ANIMATION_FRAMES", 0)
-        patch.setattr(sample, "write_mp4", lambda *_: None)
+        make_quick(patch.setattr)
         yield
 
 
 @pytest.fixture(scope="module")
-def whole(restless_weights, tmp_path_factory, no_animations):
+def whole(restless_weights, tmp_path_factory, quick_runs):
     """A run of 40 frames that nothing disturbs."""
     return run(tmp_path_factory.mktemp("whole") / "run", restless_weights)
 
@@ -194,13 +200,14 @@ def test_what_is_held_at_once_does_not_grow_with_the_video(tmp_path, restless_we
 
 def test_two_processes_make_the_bytes_of_one(tmp_path, restless_weights, whole):
     """torchrun shares the windows out, and nothing in the folder tells."""
-    program = "import sample; sample.ANIMATION_FRAMES, sample.write_mp4 = 0, lambda *_: None; sample.main()"
+    program = "import test_long; test_long.make_quick(); test_long.sample.main()"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "--no-python", sys.executable, "-c", program, "--frames", "40", *QUICK,
                "--weights", restless_weights, "--out", str(tmp_path / "run")]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}   # sums over other shares round differently
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads,
-                          cwd=Path(sample.__file__).parent)
+    env = {"PYTHONPATH": str(Path(sample.__file__).parent),
+           "OMP_NUM_THREADS": str(torch.get_num_threads())}    # sums over other shares round differently
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env,
+                          cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("40 frames in") == 1
     assert contents(tmp_path / "run") == contents(whole)

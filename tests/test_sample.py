@@ -16,7 +16,7 @@ import sample
 from model import is_temporal, load_weights, save_weights
 from sample import write_mp4
 from schedule import joint, ladder, seed
-from test_long import no_animations   # noqa: F401
+from test_long import quick_runs   # noqa: F401
 
 
 def run(tmp_path, weights, *more, name="run", frames=20):
