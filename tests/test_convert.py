@@ -411,9 +411,9 @@ def test_the_script_ends_with_one_sentence(tmp_path):
 # What is damaged
 # ------------------------------------------------------------------------------------------------------------
 
-def damage(rng, tensors, path, save):
-    """Write `tensors` with one thing wrong: the file is cut or has a bit flipped, or a tensor is missing, has
-    another name or shape, or is there under two names."""
+def damage(rng, tensors, whole, path, save):
+    """Write `tensors`, whose file is the bytes `whole`, with one thing wrong: the file is cut or has a bit
+    flipped, or a tensor is missing, has another name or shape, or is there under two names."""
     kind, key = rng.choice(("cut", "flip", "drop", "rename", "reshape", "twice")), rng.choice(sorted(tensors))
     tensors = dict(tensors)
     if kind == "drop":
@@ -426,8 +426,10 @@ def damage(rng, tensors, path, save):
     if kind == "twice":
         other = key.replace(".text_model.", ".") if ".text_model." in key else key + "2"
         tensors[other] = tensors[key].clone()
-    save(tensors, path)
-    data = bytearray(path.read_bytes())
+    if kind in ("drop", "rename", "reshape", "twice"):
+        save(tensors, path)
+        return kind
+    data = bytearray(whole)
     if kind == "cut":
         del data[rng.randrange(len(data)):]
     if kind == "flip":
@@ -445,9 +447,10 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(mini, weights, tmp_path, en
     rng, path, refused = random.Random(0), tmp_path / f"sd.{ending}", 0
     save = torch.save if ending == "ckpt" else save_file
     save(mini, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    whole = path.read_bytes()
+    digest = hashlib.sha256(whole).hexdigest()
     for _ in range(70):
-        kind = damage(rng, mini, path, save)
+        kind = damage(rng, mini, whole, path, save)
         try:
             placed, _ = convert(str(path), MINI)
             if kind == "flip" and ending == "safetensors":

@@ -38,7 +38,7 @@ def work(rank, world, port, argv, crash):
     train.main(argv)
 
 
-def run(folder, weights, n, *more, stage="interp", crash=None, steps=4):
+def run(folder, weights, n, *more, stage="interp", crash=None, steps=3):
     """A short run of n processes into a folder. Returns the folder."""
     argv = ["--stage", stage, "--out", str(folder), "--max_steps", str(steps), "--batch_size", "4",
             "--gradient_accumulation_steps", "2", "--worlds", "2", "--frames", "31", "--warmup_steps", "2",
@@ -71,7 +71,7 @@ def checkpoint(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, small_weights):
-    """A function (number of processes, *flags) -> the folder of their run of 4 steps of 2 x 4 examples."""
+    """A function (number of processes, *flags) -> the folder of their run of 3 steps of 2 x 4 examples."""
     done = {}
 
     def folder(n, *flags):
@@ -111,10 +111,10 @@ def test_the_image_stage_is_shared_too(tmp_path, small_weights):
 
 
 def test_a_resumed_run_is_exact_and_fits_any_number_of_processes(tmp_path, small_weights, whole):
-    """2 sharded processes, dead at step 3.
+    """2 sharded processes, dead after step 2.
 
     Resumed by 2 it is bit for bit the run that went through, resumed by 1 it has its curve."""
-    cut = run(tmp_path / "two" / "interp", small_weights, 2, "--shard", crash=3)
+    cut = run(tmp_path / "two" / "interp", small_weights, 2, "--shard", crash=2)
     assert checkpoint(cut)["step"] == 2
     assert all(type(tensor) is torch.Tensor for tensor in checkpoint(cut)["ema"].values())
     shutil.copytree(tmp_path / "two", tmp_path / "one")
@@ -147,7 +147,7 @@ def test_runs_that_cannot_be_shared_say_why(n, argv, words):
 @pytest.mark.usefixtures("quick_validation", "no_sheet")
 def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, small_weights, capsys):
     """Four parts that make up nearly the whole step, and a trace that can be opened."""
-    train.main(["--stage", "interp", "--out", str(tmp_path / "run"), "--max_steps", "6", "--batch_size", "2",
+    train.main(["--stage", "interp", "--out", str(tmp_path / "run"), "--max_steps", "6", "--batch_size", "1",
                 "--worlds", "2", "--frames", "31", "--weights", small_weights, "--profile"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "ms a step" in line]
     shares = {line[0]: float(line[-1].rstrip("%")) for line in lines}
