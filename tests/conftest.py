@@ -47,8 +47,7 @@ def restless_weights(small_weights, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def quick_validation(monkeypatch):
+def validate_briefly(change=setattr):
     """One example at every second level: validation is half of a short run, and few tests are about it."""
     validation_loss = train.validation_loss
 
@@ -57,7 +56,13 @@ def quick_validation(monkeypatch):
         first = {key: values[:1] for key, values in batches[0].items()}
         return validation_loss(model, schedule, [first], args, device, train.LEVELS[1::2])
 
-    monkeypatch.setattr(train, "validation_loss", short)
+    change(train, "validation_loss", short)
+
+
+@pytest.fixture
+def quick_validation(monkeypatch):
+    """That, for one test."""
+    validate_briefly(monkeypatch.setattr)
 
 
 @pytest.fixture

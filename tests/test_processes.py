@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from conftest import validate_briefly
 from model import UNet
 
 
@@ -20,7 +21,7 @@ def work(rank, world, port, argv, crash):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
                       LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    get_learning_rate, validation_loss = train.get_learning_rate, train.validation_loss
+    get_learning_rate = train.get_learning_rate
 
     def dying(step, args):
         """The learning rate, but not at that step."""
@@ -28,13 +29,8 @@ def work(rank, world, port, argv, crash):
             os._exit(7)
         return get_learning_rate(step, args)
 
-    def short(model, schedule, batches, args, device):
-        """The validation loss at a few levels of one example."""
-        first = {key: values[:1] for key, values in batches[0].items()}
-        return validation_loss(model, schedule, [first], args, device, train.LEVELS[1::2])
-
-    train.get_learning_rate, train.validation_loss = dying, short
-    train.sample_sheet = lambda *_: None
+    validate_briefly()   # there are no fixtures in a child
+    train.get_learning_rate, train.sample_sheet = dying, lambda *_: None
     train.main(argv)
 
 

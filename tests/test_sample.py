@@ -165,7 +165,7 @@ def test_a_first_frame_takes_fresh_noise_at_every_step_if_eta_is_not_0(restless_
         drawn.append((seed, frame)), frame_noise(seed, frame, shape))[1])
     made = {}
     for eta in ("0", "1"):
-        sampler, _, contexts = sampler_of(restless_weights, "--eta", eta)
+        sampler, *_ = sampler_of(restless_weights, "--eta", eta)
         made[eta] = sampler.first_frames([7, 8], ["dusk", "dusk"])
         assert len(set(drawn)) == len(drawn) == 2 * (1 + sample.FIRST_FRAME_STEPS * int(eta))
         drawn.clear()
