@@ -1,9 +1,9 @@
-"""Random weights and inputs that come out the same on every machine, and what SD's own code made of them.
+"""Random weights and inputs, the same on every machine, and the outputs of SD's own code for them.
 
 fixtures/oracle.safetensors holds the outputs of reference implementations of SD1.x (float64, stored as
 float32) on reduced widths; its metadata lists the cases and checksums of the weights. Configurations: `mini`;
-`small`; `faint`, whose features are so small that an eps of 1e-5 and not 1e-6 in a norm shows; `in9`, with 9
-input channels. A weight is a byte of numpy's frozen legacy generator times a power of two, exact in float16.
+`small`; `faint`, with features so small that a norm's eps of 1e-5 in place of 1e-6 shows; `in9`, with 9 input
+channels. A weight is a byte of numpy's frozen legacy generator times a power of two, exact in float16.
 """
 
 import json
@@ -39,7 +39,7 @@ def random_bytes(label, n):
 
 
 def weight(key, shape, seed, profile):
-    """One tensor of weights; depends on nothing but its arguments."""
+    """One tensor of weights, a function of its arguments alone."""
     n = int(np.prod(shape))
     q = np.frombuffer(random_bytes(f"{seed}:{key}", n), dtype=np.int8).reshape(shape)
     gain = len(shape) == 1 and key.endswith("weight")
@@ -56,7 +56,7 @@ def weight(key, shape, seed, profile):
 
 
 def weights(name, part, network):
-    """{SD's key: tensor} for all tensors of a network that are not temporal; checked against the manifest."""
+    """{SD's name: tensor} for all tensors of a network except temporal ones, checked against the manifest."""
     about = MANIFEST[name][part]
     shapes = {PREFIXES[part] + key: tuple(tensor.shape) for key, tensor in network.state_dict().items()
               if not is_temporal(key)}
@@ -83,7 +83,7 @@ def config(name):
 
 
 def noise(label, shape):
-    """Numbers that are all but normally distributed: sums of 12 bytes."""
+    """Almost normally distributed numbers: sums of 12 bytes."""
     n = int(np.prod(shape))
     u = np.frombuffer(random_bytes(f"in:0:{label}", 12 * n), dtype=np.uint8).reshape(12, n)
     return torch.from_numpy(((u.astype(np.float32).sum(0) - 1530.0) / 256.0).reshape(shape))
