@@ -83,7 +83,7 @@ def parse(argv):
     flag("--optimizer_on_cpu", action="store_true", help="keep optimizer state and averaged weights there")
     flag("--offload_activations", action="store_true", help="keep what the backward pass needs on the CPU")
     flag("--activations_8bit", action="store_true", help="keep it in 8 bits; gradients are good to a percent")
-    flag("--backbone_8bit", action="store_true", help="store frozen layers in 8 bits")
+    flag("--backbone_8bit", action="store_true", help="store frozen layers in 8 bits; needs checkpointing 1")
     flag("--lora_rank", type=int, default=0, metavar="R", help="also train a LoRA of the spatial attentions")
     flag = p.add_argument_group("speed and reports").add_argument
     flag("--pipeline", action="store_true", help="pairs of processes share a UNet, half the activations each")
@@ -320,7 +320,7 @@ def prepare_data(args, model, split, device):
         return lambda number: {"images": data.picture_batch(split, args.seed, number, args.batch_size, size)}
     if args.data:
         clips = data.cached_clips(args.data, model, args.stage, split, args.drop)
-        args.data_hash = clips.key                        # for the checkpoint: a run keeps its clips
+        args.clips = clips.key                            # for the checkpoint: a run keeps its clips
         print(f"{len(clips.names)} clips of {args.data} to {'train' if split == 'train' else 'validate'} on")
     elif args.preset == "sd15":
         raise ValueError("--preset sd15 trains on your own clips: encode them (data.py --cache), add --data")
@@ -436,7 +436,7 @@ def sample_sheet(model, batch, step, args, device):
 
 # what decides the batches, the loss and the learning rate must not change in the middle of a run
 FIXED = ("weights", "stage", "preset", "max_steps", "batch_size", "gradient_accumulation_steps",
-         "learning_rate", "seed", "worlds", "frames", "aug_max", "lora_rank", "data_hash")
+         "learning_rate", "seed", "worlds", "frames", "aug_max", "lora_rank", "clips")
 
 
 def save_checkpoint(state, step, log, args):
@@ -464,7 +464,7 @@ def load_checkpoint(state, args, rank, world):
     for name in FIXED if rank == 0 else FIXED[1:]:              # other machines may keep weights elsewhere
         old, new = found["args"].get(name), vars(args).get(name)
         if old != new:
-            raise ValueError(f"{path} was made with --{name} {old}, now it is {new}: give the old value, or "
+            raise ValueError(f"{path} was made with {name} {old}, now it is {new}: give the old value, or "
                              "start anew in another --out")
     copy_into(parameters, found["model"])
     copy_into(ema, found["ema"])

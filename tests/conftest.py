@@ -1,5 +1,6 @@
-"""What several test files need: the project on the path, and a model small enough to train in a test."""
+"""What several test files need: the project on the path, and models small enough to train in a test."""
 
+import csv
 import multiprocessing
 import os
 import sys
@@ -10,12 +11,24 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import train  # noqa: E402
 from model import PRESETS, Model, is_temporal, load_weights, save_weights  # noqa: E402
 
 # tests that start several processes fork them from one that has imported all this once, and done nothing else
-multiprocessing.set_forkserver_preload(["train", "sample", "torch._dynamo", "torch.distributed.fsdp",
-                                        "torch.distributed.pipelining"])
+multiprocessing.set_forkserver_preload(["train", "sample", "torch._dynamo"])
+
+
+def assert_same_run(folder, other):
+    """Two runs ended alike, bit for bit: weights, average, optimizer and log, but for the time it took."""
+    one, two = (torch.load(path / "ckpt.pt", weights_only=True) for path in (folder, other))
+    assert one["step"] == two["step"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+    states, others = (run["optimizer"]["state"].values() for run in (one, two))
+    for state, same in zip(states, others, strict=True):
+        assert all(torch.equal(state[key], same[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    log, same = ([row | {"seconds": 0} for row in csv.DictReader(open(path / "log.csv"))]
+                 for path in (folder, other))
+    assert log == same and len(log) == one["step"] + 1
 
 
 @pytest.fixture(scope="session")
@@ -47,25 +60,31 @@ def restless_weights(small_weights, tmp_path_factory):
     return path
 
 
-def validate_briefly(change=setattr):
-    """One example at every second level: validation is half of a short run, and few tests are about it."""
-    validation_loss = train.validation_loss
-
-    def short(model, schedule, batches, args, device):
-        """The validation loss of very little."""
-        first = {key: values[:1] for key, values in batches[0].items()}
-        return validation_loss(model, schedule, [first], args, device, train.LEVELS[1::2])
-
-    change(train, "validation_loss", short)
+@pytest.fixture(scope="session")
+def little_config(small_config):
+    """The same for pictures of 32 x 32 pixels: to train for a few steps, and to validate, in a second."""
+    return replace(small_config, size=32)
 
 
-@pytest.fixture
-def quick_validation(monkeypatch):
-    """That, for one test."""
-    validate_briefly(monkeypatch.setattr)
+@pytest.fixture(scope="session")
+def little_weights(little_config, tmp_path_factory):
+    """Its weights, random, temporal layers at the identity."""
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("weights") / "little.safetensors")
+    save_weights(path, Model.build(little_config), torch.float32, stage="image")
+    return path
 
 
-@pytest.fixture
-def no_sheet(monkeypatch):
-    """No contact sheet at the end of a run: a third of a run of few steps."""
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+@pytest.fixture(scope="session")
+def train_argv(little_weights):
+    """A function (folder, **flags) -> the command line of a run of a few short steps into folder/STAGE.
+
+    True stands for a flag without a value."""
+    def argv(folder, **flags):
+        flags = dict(stage="interp", weights=little_weights, max_steps=3, batch_size=2, worlds=2, frames=31,
+                     save_every=100, device="cpu") | flags
+        flags = {"out": folder / flags["stage"]} | flags
+        return [word for name, value in flags.items()
+                for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+    return argv

@@ -6,50 +6,53 @@ import multiprocessing
 import os
 import shutil
 import socket
-from types import SimpleNamespace
+from functools import cache
 
 import pytest
 import torch
 
 import train
-from conftest import validate_briefly
-from model import UNet
+from conftest import assert_same_run
 
 
-def work(rank, world, port, argv, crash):
+def work(rank, world, port, machines, argv, crash):
     """One process of a run, set up as torchrun does it; `crash`: the step it dies at, if any."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
-                      LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank % (world // machines)),
+                      LOCAL_WORLD_SIZE=str(world // machines), GROUP_RANK=str(rank * machines // world),
+                      MASTER_PORT=str(port), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    get_learning_rate = train.get_learning_rate
-
-    def dying(step, args):
-        """The learning rate, but not at that step."""
-        if step == crash:
-            os._exit(7)
-        return get_learning_rate(step, args)
-
-    validate_briefly()   # there are no fixtures in a child
-    train.get_learning_rate, train.sample_sheet = dying, lambda *_: None
+    rate = train.get_learning_rate
+    train.get_learning_rate = lambda step, args: os._exit(7) if step == crash else rate(step, args)
     train.main(argv)
 
 
-def run(folder, weights, n, *more, stage="interp", crash=None, steps=3):
-    """A short run of n processes into a folder. Returns the folder."""
-    argv = ["--stage", stage, "--out", str(folder), "--max_steps", str(steps), "--batch_size", "4",
-            "--gradient_accumulation_steps", "2", "--worlds", "2", "--frames", "31", "--warmup_steps", "2",
-            "--val_every", "100", "--sample_every", "0", "--save_every", "2", "--device", "cpu", *more]
-    argv += ["--weights", weights] if stage != "vae" else []
-    context = multiprocessing.get_context("forkserver")
+def start(argvs, machines=1, crash=None):
+    """Run a process for each command line."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [context.Process(target=work, args=(rank, n, port, argv, crash)) for rank in range(n)]
+    context, n = multiprocessing.get_context("forkserver"), len(argvs)
+    children = [context.Process(target=work, args=(rank, n, port, machines, argv, crash))
+                for rank, argv in enumerate(argvs)]
     for child in children:
         child.start()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [7 if crash else 0] * n
+
+
+SHORT = dict(batch_size=4, gradient_accumulation_steps=2, save_every=2)     # 3 steps of 2 x 4 examples
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, train_argv):
+    """A function (number of processes, **flags) -> the folder of their run. No run is made twice."""
+    @cache
+    def folder(n, stage="interp", **flags):
+        place = tmp_path_factory.mktemp("whole")
+        start([train_argv(place, stage=stage, **SHORT, **flags)] * n)
+        return place / stage
+
     return folder
 
 
@@ -60,37 +63,18 @@ def rows(folder):
                 for row in csv.DictReader(file)]
 
 
-def checkpoint(folder):
-    """The last checkpoint of a run."""
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_weights):
-    """A function (number of processes, *flags) -> the folder of their run of 3 steps of 2 x 4 examples."""
-    done = {}
-
-    def folder(n, *flags):
-        """Made when it is first asked for."""
-        if (n, flags) not in done:
-            done[n, flags] = run(tmp_path_factory.mktemp("whole") / "interp", small_weights, n, *flags)
-        return done[n, flags]
-
-    return folder
-
-
-@pytest.mark.parametrize("n, flags", [(2, []), (2, ["--shard"]), (2, ["--pipeline"]), (4, ["--pipeline"])])
+@pytest.mark.parametrize("n, flags", [(2, {}), (2, {"pipeline": True}), (4, {"pipeline": True}),
+                                      (2, {"stage": "image"})], ids=str)
 def test_curves_are_those_of_one_process(whole, n, flags):
     """Losses and lengths of gradients within 1e-5, their means to 1e-4, and no file more or less.
 
     Weights within a tenth of a step, unless their gradient is only rounding: Adam goes as far on that as on
     any other. A bias that the next norm takes off again has such a gradient."""
-    shared, alone = whole(n, *flags), whole(1)
+    shared, alone = whole(n, **flags), whole(1, flags.get("stage", "interp"))
     assert sorted(os.listdir(shared)) == sorted(os.listdir(alone))
     for one, other in zip(rows(shared), rows(alone), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    one, other = checkpoint(shared), checkpoint(alone)
-    assert one["ema"].keys() == other["ema"].keys()
+    one, other = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (shared, alone))
     slopes = [[state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (one, other)]
     steepest = max(slope.abs().max() for slope in slopes[1])
     for name, slope, same in zip(one["ema"], *slopes, strict=True):
@@ -99,80 +83,39 @@ def test_curves_are_those_of_one_process(whole, n, flags):
             assert (one["ema"][name] - other["ema"][name]).abs().max() < 2e-4   # the learning rate is 2e-3
 
 
-def test_the_image_stage_is_shared_too(tmp_path, small_weights):
-    """A network that trains as a whole, with the text encoder, gives the same curve as well."""
-    one, two = (run(tmp_path / str(n) / "image", small_weights, n, stage="image", steps=2) for n in (1, 2))
-    for row, other in zip(rows(one), rows(two), strict=True):
-        assert row == pytest.approx(other, rel=1e-5)
+def test_two_machines_share_messages_only_and_resume_exactly(tmp_path, little_weights, train_argv, whole):
+    """Each has its own folder, cache and weights, and dies after step 2; only rank 0's folder holds the run.
 
-
-def test_a_resumed_run_is_exact_and_fits_any_number_of_processes(tmp_path, small_weights, whole):
-    """2 sharded processes, dead after step 2.
-
-    Resumed by 2 it is bit for bit the run that went through, resumed by 1 it has its curve."""
-    cut = run(tmp_path / "two" / "interp", small_weights, 2, "--shard", crash=2)
-    assert checkpoint(cut)["step"] == 2
-    assert all(type(tensor) is torch.Tensor for tensor in checkpoint(cut)["ema"].values())
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
-    run(cut, small_weights, 2, "--shard", "--resume", "auto")
-    assert rows(cut) == rows(whole(2, "--shard"))
-    one, other = checkpoint(whole(2, "--shard")), checkpoint(cut)
-    for part in ("model", "ema"):
-        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
-    for moments, same in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values()):
-        assert all(torch.equal(moments[key], same[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
-    alone = run(tmp_path / "one" / "interp", small_weights, 1, "--resume", "auto")
-    for one, other in zip(rows(alone), rows(whole(1)), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+    Resumed by both it is bit for bit the run that went through, resumed by one process it has its curve."""
+    argvs = []
+    for machine in ("first", "second"):
+        os.mkdir(tmp_path / machine)
+        own = shutil.copy(little_weights, tmp_path / machine / "own.safetensors")
+        argvs.append(train_argv(tmp_path / machine, weights=own, **SHORT))
+    start(argvs, machines=2, crash=2)
+    shutil.copytree(tmp_path / "first" / "interp", tmp_path / "alone")
+    start([[*argv, "--resume", "auto"] for argv in argvs], machines=2)
+    assert sorted(os.listdir(tmp_path / "second")) == ["cache", "own.safetensors"]
+    assert_same_run(tmp_path / "first" / "interp", whole(2))
+    train.main([*argvs[0], "--out", str(tmp_path / "alone"), "--resume", "auto"])
+    for row, same in zip(rows(tmp_path / "alone"), rows(whole(1)), strict=True):
+        assert row == pytest.approx(same, rel=1e-5)
 
 
 @pytest.mark.parametrize("n, argv, words", [
-    (1, ["--shard"], "found one: start with torchrun"), (2, ["--shard", "--pipeline"], "leave one away"),
-    (2, ["--stage", "image", "--shard"], "found image"), (3, ["--pipeline"], "pairs of processes, found 3"),
-    (2, ["--pipeline", "--mixed_precision", "fp16"], "take bf16"), (4, [], "6 cannot be shared by 4"),
-    (4, ["--pipeline", "--batch_size", "2"], "give 4 or more"),
-    (2, ["--data", "x", "--score", "y"], "without torchrun"),
-    (2, ["--error_bank", "0.5"], "one process, found 2")])
+    (3, ["--pipeline"], "pairs of processes, found 3"), (4, [], "6 cannot be shared by 4"),
+    (4, ["--pipeline", "--batch_size", "3"], "3 cannot be shared by 2"),
+    (2, ["--data", "x", "--score", "y"], "without torchrun")])
 def test_runs_that_cannot_be_shared_say_why(n, argv, words):
     """In one sentence, before anything is made."""
-    args = train.parse(["--stage", "interp", *argv])
     with pytest.raises(ValueError, match=words):
-        train.batch_parts(args, n)
+        train.batch_part(train.parse(["--stage", "interp", *argv]), 0, n)
 
 
-@pytest.mark.usefixtures("quick_validation", "no_sheet")
-def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, small_weights, capsys):
-    """Four parts that make up nearly the whole step, and a trace that can be opened."""
-    train.main(["--stage", "interp", "--out", str(tmp_path / "run"), "--max_steps", "6", "--batch_size", "1",
-                "--worlds", "2", "--frames", "31", "--weights", small_weights, "--profile"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "ms a step" in line]
-    shares = {line[0]: float(line[-1].rstrip("%")) for line in lines}
-    assert list(shares) == ["data", "forward", "backward", "optimizer"]
-    assert all(shares[name] for name in ("forward", "backward", "optimizer"))    # data may round to nothing
-    assert 80 < sum(shares.values()) <= 100
-    assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
-
-
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_stages_give_the_same_answers(small_config):
-    """A stage that compile_stages has compiled keeps its names, its output and its gradient."""
-    torch.manual_seed(0)
-    stage, x, emb = UNet(small_config).stages()[1], torch.randn(3, 32, 8, 8), torch.randn(3, 32)
-    weights, names = list(stage.get_submodule("0.in_layers").parameters()), list(stage.state_dict())
-    eager = torch.autograd.grad(stage(x, emb, None).square().mean(), weights)
-    train.compile_stages(SimpleNamespace(stages=lambda: [stage]), torch.device("cpu"))
-    again = torch.autograd.grad(stage(x, emb, None).square().mean(), weights)
-    assert stage._compiled_call_impl is not None and list(stage.state_dict()) == names
-    for one, other in zip(eager, again, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_where_nothing_can_be_compiled_compile_says_so(small_config, monkeypatch):
-    """No compiler: one sentence, before a step is spent."""
-    def fail(function):
-        """What torch.compile does where there is no compiler."""
-        raise RuntimeError("no working C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", fail)
-    with pytest.raises(ValueError, match="no working C.. compiler.*leave --compile away"):
-        train.compile_stages(UNet(small_config), torch.device("cpu"))
+def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, train_argv, capsys):
+    """The parts of a step are in the table, and in a trace that can be opened."""
+    train.main(train_argv(tmp_path, max_steps=6, batch_size=1, profile=True))
+    printed = capsys.readouterr().out
+    names = {event["name"] for event in json.load(open(tmp_path / "interp" / "trace.json"))["traceEvents"]}
+    assert {"data", "forward", "backward", "optimizer"} <= names and "Self CPU time total" in printed
+    assert all(f" {part} " in printed for part in ("forward", "backward"))
