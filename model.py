@@ -83,7 +83,6 @@ PRESETS = {
 
 
 # --- the lesson: time, added to an image model --------------------------------------------------------------
-
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
@@ -306,10 +305,10 @@ class UNet(nn.Module):
 
     def run(self, i, stage, *inputs):
         """Run a stage; if it is every K-th, the backward pass recomputes it instead of keeping it."""
-        if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
-            # re-entrant checkpointing would train nothing, silently, when its input needs no gradient
-            return checkpoint(stage, *inputs, use_reentrant=False)
-        return stage(*inputs)
+        if not self.training or not self.checkpoint_every or i % self.checkpoint_every:
+            return stage(*inputs)
+        # re-entrant checkpointing would train nothing, silently, when its input needs no gradient
+        return checkpoint(stage, *inputs, use_reentrant=False)
 
 
 def is_temporal(name):
@@ -318,7 +317,6 @@ def is_temporal(name):
 
 
 # --- what the temporal layers are told about their window, and the prior ------------------------------------
-
 @dataclass
 class WindowInfo:
     """What temporal layers know about their window. Gaps and distances are in frames of the video."""
@@ -461,7 +459,6 @@ class MotionPrior(nn.Module):
 
 
 # --- Stable Diffusion's own blocks --------------------------------------------------------------------------
-
 class ResBlock(nn.Module):
     """Two convs with the noise level added between them. GroupNorm pools within a frame, not over the window.
 
@@ -491,11 +488,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        rows, groups = x.shape[0], context.shape[0]
-        q = rearrange(self.to_q(x), "(b f) n (heads d) -> b heads (f n) d", b=groups, heads=self.heads)
+        q = rearrange(self.to_q(x), "(b f) n (heads d) -> b heads (f n) d", b=len(context), heads=self.heads)
         k, v = (rearrange(to(context), "b n (heads d) -> b heads n d", heads=self.heads)
                 for to in (self.to_k, self.to_v))
-        out = rearrange(attention(q, k, v), "b heads (f n) d -> (b f) n (heads d)", f=rows // groups)
+        out = rearrange(attention(q, k, v), "b heads (f n) d -> (b f) n (heads d)", n=x.shape[1])
         return self.to_out(out)
 
 
@@ -530,7 +526,6 @@ def upsample(channels):
 
 
 # --- training in less memory --------------------------------------------------------------------------------
-
 def to_8bit(x, dims):
     """x as integers from -127 to 127, and the scale to multiply them by, one for all numbers along `dims`."""
     # divide in float32: in bfloat16 the largest number often comes out as 128, which int8 reads as -128
@@ -560,9 +555,8 @@ def add_lora(unet, rank):
     layers = {f"{name}.weight": module for name, module in unet.named_modules()
               if isinstance(module, nn.Linear) and ".attn" in name}
     for layer in layers.values():
-        down = nn.Linear(layer.in_features, rank, bias=False)
-        up = zero(nn.Linear(rank, layer.out_features, bias=False))
-        layer.lora = nn.Sequential(down, up).to(layer.weight.device)
+        linear = partial(nn.Linear, bias=False, device=layer.weight.device)
+        layer.lora = nn.Sequential(linear(layer.in_features, rank), zero(linear(rank, layer.out_features)))
         layer.register_forward_hook(lambda layer, inputs, out: out + layer.lora(*inputs))
     return layers
 
@@ -588,7 +582,6 @@ def keep_activations(eight_bit, home, dtype):
 
 
 # --- several devices, one window: clip parallelism, dual-scope attention (Tan et al. 2406.16260) ------------
-
 class ClipParallel(WholeWindow):
     """Processes share a window: each has a clip of its frames and fetches from the others what it lacks.
 
@@ -626,7 +619,6 @@ class ClipParallel(WholeWindow):
 
 
 # --- the VAE ------------------------------------------------------------------------------------------------
-
 class VAEResBlock(nn.Module):
     """The ResBlock of the VAE: no noise level, and names of its own."""
     def __init__(self, c_in, c_out, groups):
@@ -713,7 +705,6 @@ class VAE(nn.Module):
 
 
 # --- text: CLIP's encoder (Radford et al. 2103.00020) and its byte-pair tokenizer ---------------------------
-
 class TextLayer(nn.Module):
     """One transformer layer of CLIP: pre-norm, causal self-attention, quick GELU x·σ(1.702 x)."""
     def __init__(self, width, heads):
@@ -793,7 +784,6 @@ class Tokenizer:
 
 
 # --- all of it together, and on disk ------------------------------------------------------------------------
-
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text": "cond_stage_model.transformer.text_model."}   # as in SD's own single file
 
