@@ -4,7 +4,7 @@
     python data.py --check DIR                    show what is in it, and what each training stage finds there
     python data.py --cache DIR --weights FILE     encode the clips, for train.py --data DIR
     python data.py --drop_hardest 0.1 --scores A.csv --out drop.txt    list clips that cannot be learned
-    python data.py --preview sheet.png            draw six sky worlds; with .gif, one world as a video
+    python data.py --preview sheet.png            draw six sky worlds
 
 A batch is a dict: latents (b, 4, f, h, w); frames (b, f), their indices in the video; given (b, f), which of
 them exist already; user (b, f), which of those the user gave; captions, a list of b; and context (b, 77, d),
@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,15 +44,14 @@ class Clips:
     """Clips to draw batches from, wherever their frames are stored."""
     names: list
     lengths: np.ndarray              # frames of each clip
-    read: Callable                   # (clip, rising places (n,)) -> latents of those frames, (4, n, h, w)
-    caption: Callable                # (clip, place) -> what the clip shows from that place on
-    context: Callable | None = None  # (clip) -> text embedding (77, d), if cached
-    key: str | None = None           # a hash of everything that batches depend on beyond the command line
+    read: callable                   # (clip, rising places (n,)) -> latents of those frames, (4, n, h, w)
+    caption: callable                # (clip, place) -> what the clip shows from that place on
+    context: callable = None         # (clip) -> text embedding (77, d), if cached
+    key: str = None                  # a hash of everything that batches depend on beyond the command line
 
     def images(self, seed, step, batch_size):
         """A batch of random single frames: windows of one frame, which is new."""
-        rng = np.random.default_rng([seed, step])
-        picture = Window((0,), (0,), "starter", 0, ())
+        rng, picture = np.random.default_rng([seed, step]), Window((0,), (0,), "starter", 0, ())
         return self.batch([(picture, int(rng.integers(len(self.names))), int(rng.integers(self.lengths[0])))
                            for _ in range(batch_size)])
 
@@ -147,9 +145,7 @@ def sky_clips(path, encode, worlds, frames, size, key):
 #   DIR/clips/SOURCE/000.txt, 000.json  its caption, yours to edit, and where it comes from
 #   DIR/dropped.csv                     clips to leave out, and why; dropped_REASON.png shows them
 #   DIR/cache/SOURCE/000.safetensors    its latents and text embedding
-
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp",
-          ".ogv", ".gif")
+VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MIN_FRAMES = 19     # shorter clips are dropped: --stage extrap needs this many
 ALIKE = 0.9         # clips whose edges correlate more are duplicates
@@ -208,8 +204,7 @@ def prepare_source(name, caption, unfinished, args):
     starts = {place(seconds) for seconds in found("freezes.txt", r"freeze_start=(\S+)")}
     stops = {place(seconds) for seconds in found("freezes.txt", r"freeze_end=(\S+)")}
     black = max((cut for cut in cuts if cut <= args.fps / 5), default=0)    # many files open on black
-    first = max(black, round(args.skip[0] * args.fps))
-    last = len(frames) - round(args.skip[1] * args.fps)
+    first, last = max(black, round(args.skip[0] * args.fps)), len(frames) - round(args.skip[1] * args.fps)
     borders = sorted(i for i in {first, last} | cuts | starts | stops if first <= i <= last)
     for i, (start, stop) in enumerate(zip(borders, borders[1:])):
         clip = folder / f"{i:03d}"
@@ -219,7 +214,7 @@ def prepare_source(name, caption, unfinished, args):
         write_whole(f"{clip}.txt", caption + "\n")
         write_json(f"{clip}.json", {
             "source": name, "start": round(start / args.fps, 3), "end": round(stop / args.fps, 3),
-            "frames": stop - start, "after_cut": start in cuts and i > 0, "frozen": start in starts})
+            "frames": stop - start, "frozen": start in starts})
     shutil.rmtree(work)    # the clips appear all at once: a killed run leaves no half
     clips.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(clips)
@@ -300,10 +295,9 @@ def show_clips(folder, file, rows):
 def drop_clips(folder, refused):
     """List clips to leave out in dropped.csv, and show them in a contact sheet per reason.
 
-    A duplicate has the edges of an earlier clip from another source, at 5 moments: edges survive a change of
-    size, quality, light and colour."""
+    A duplicate has the edges of another source's clip, at 5 moments: edges survive new sizes and colours."""
     clips = read_clips(folder, kept=False)
-    names, rows, cuts = list(clips), [], []
+    names, rows = list(clips), []
     seen = np.zeros((len(names), 2400), np.float32)    # the edges of the clips that stay
     for i, (name, clip) in enumerate(clips.items()):
         gray = moments(folder, name, 5, 16).mean(axis=3)
@@ -317,10 +311,8 @@ def drop_clips(folder, refused):
             rows.append((name, "duplicate", twins[0]))
         else:
             seen[i] = edges.ravel()
-        if clip["after_cut"]:
-            cuts.append((name, "cut", names[i - 1]))
-    for reason in ("cut", "frozen", "short", "duplicate"):
-        shown = [row for row in cuts + rows if row[1] == reason]
+    for reason in ("frozen", "short", "duplicate"):
+        shown = [row for row in rows if row[1] == reason]
         show_clips(folder, f"dropped_{reason}.png", shown)
         print(f"{len(shown)} {reason}", end=", ")
     print(f"{len(refused)} sources refused; {len(clips) - len(rows)} clips in {folder}")
@@ -332,21 +324,19 @@ def drop_clips(folder, refused):
 
 
 # --- a prepared folder: checked, encoded, drawn from --------------------------------------------------------
-
 def check(folder):
     """Print what is in a prepared folder and what each stage finds there, and show the clips in sheet.png."""
     clips = read_clips(folder)
     lengths = [clip["frames"] for clip in clips.values()]
-    captions, longest = {clip["caption"] for clip in clips.values()}, max(lengths, default=0)
-    print(f"{folder}: {len(clips)} clips with {len(captions)} different captions; {sum(lengths)} frames, "
-          f"{longest} in the longest clip")
+    longest = max(lengths, default=0)
+    print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {longest} in the longest clip")
     print(f"stage    needs  windows  clips  places    in plans for {min(121, longest)} frames")
     for stage in STAGES:
-        needed = shortest_clip(stage)
-        shapes = window_shapes(stage, min(121, longest)) if longest >= needed else []
+        shapes = window_shapes(stage, min(121, longest)) if longest >= shortest_clip(stage) else []
         spans = [reach(window) for _, windows in shapes for window in windows]
         places = [sum(max(0, frames - span) for span in spans) for frames in lengths]    # in each clip
-        print(f"{stage:8s} {needed:5d} {len(spans):8d} {np.count_nonzero(places):6d} {sum(places):7d}")
+        counts = shortest_clip(stage), len(spans), np.count_nonzero(places), sum(places)
+        print("{:8s} {:5d} {:8d} {:6d} {:7d}".format(stage, *counts))
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
 
 
@@ -384,8 +374,8 @@ def cache(folder, weights):
 def cached_clips(folder, model, stage, split=None, drop=None):
     """Encoded clips of a prepared folder, long enough for a stage. ValueError if they are out of date.
 
-    split: "val" is a twentieth of the sources, chosen by a hash of their names, "train" the others, None all.
-    A single source is both. drop: a list by --drop_hardest of clips not to train on; they still validate."""
+    split: "val" is a twentieth of the sources, by a hash of their names, "train" the others (a single source
+    is both). drop: a list by --drop_hardest of clips not to train on; they still validate."""
     clips, needed, key = read_clips(folder), shortest_clip(stage), encoders_key(model)
     dropped = set(Path(drop).read_text("utf-8").split("\n")) - {""} if drop and split == "train" else set()
     if gone := dropped - clips.keys():
@@ -405,8 +395,7 @@ def cached_clips(folder, model, stage, split=None, drop=None):
         if (note.get("caption"), note.get("weights")) != (clips[name]["caption"], key):
             raise ValueError(f"the latents of clip {name} are missing or were made with other weights or "
                              f"captions: run python data.py --cache {folder} --weights FILE with this model")
-
-    # load_file maps a file into memory: only the frames of a window are read from the disk
+    # load_file maps the file into memory: only the frames of the window are read from the disk
     return Clips(names, np.array([clips[name]["frames"] for name in names]),
                  lambda i, places: load_file(files[i])["latents"][:, places].float(),
                  lambda i, place: clips[names[i]]["caption"],
@@ -431,8 +420,8 @@ def scoring_batches(clips, shapes, count=4):
 def drop_hardest(share, scores, held_out, path):
     """List the clips with the highest reducible loss, by files from train.py --score.
 
-    RHO-LOSS (2206.07137): reducible loss = loss - irreducible loss, the loss (held_out) of a model trained on
-    other data. A rich clip is high in both. What training leaves reducible, the model could not learn."""
+    RHO-LOSS (2206.07137): reducible loss = loss - irreducible loss, that of a model trained on other data
+    (held_out). A rich clip is high in both; what training leaves reducible, the model could not learn."""
     if not (0 < share < 1 and scores):
         raise ValueError(f"--drop_hardest needs --scores and a share between 0 and 1, found {share:g}")
     read = lambda files: {(row["stage"], row["clip"]): float(row["loss"])
@@ -450,7 +439,6 @@ def drop_hardest(share, scores, held_out, path):
 
 
 # --- pictures and files -------------------------------------------------------------------------------------
-
 def to_pixels(video):
     """video (3, f, H, W) in [-1, 1] -> uint8 array (f, H, W, 3), rounded: `from_pixels` and back is exact."""
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
@@ -504,8 +492,8 @@ def line_plot(path, curves, title, log=False):
 
 def write_whole(path, text):
     """Write a text file that is complete or not there."""
-    with complete(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    with complete(path) as unfinished:
+        Path(unfinished).write_text(text, "utf-8")
 
 
 def write_json(path, value):
@@ -515,13 +503,10 @@ def write_json(path, value):
 
 def read_json(path):
     """Read a JSON file."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path(path).read_text("utf-8"))
 
 
-# --- the sky world ------------------------------------------------------------------------------------------
-#
-# Lengths are in picture widths and speeds in widths per frame, so a world looks the same at every size.
+# --- the sky world: lengths in picture widths, speeds in widths per frame -----------------------------------
 
 SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # first seed of each split: the ranges never meet
 DAY = 480                                      # frames from one midnight to the next, in every world
@@ -542,8 +527,7 @@ PALETTE = np.array([  # time of day (0 midnight, 0.5 noon); colours of the zenit
 
 
 def fractal(rng, shape, cutoff, falloff):
-    """Tileable random texture with mean 0 and std 1; its spectrum falls like k^-falloff up to a cutoff."""
-    # cutoff: in cycles per width, for each axis; a small VAE cannot carry finer detail
+    """Tileable random texture, mean 0, std 1; spectrum k^-falloff up to a cutoff in cycles per width."""
     k = np.meshgrid(*[np.fft.fftfreq(n, 1 / n) / c for n, c in zip(shape, cutoff)], indexing="ij")
     k = np.sqrt(sum(axis ** 2 for axis in k))
     gain = np.exp(-k ** 2) / np.maximum(k, 1e-6) ** falloff
@@ -567,10 +551,8 @@ def sideways(x, centre):
 class SkyWorld:
     """A procedural timelapse: sun, moon, clouds, two ridges and one to three balloons on the wind.
 
-    A frame is a pure function of (seed, frame, size); the first frame and the caption tell everything. The
-    truth is known, so drift can be measured: `wind` is the signed speed of clouds and balloons. The world is
-    a cylinder: what leaves on the right comes back on the left. size: in pixels, a multiple of 8."""
-
+    A frame is a pure function of (seed, frame, size): the truth is known, so drift can be measured. `wind` is
+    the signed speed of clouds and balloons. What leaves on the right comes back on the left."""
     def __init__(self, seed, size=64):
         rng = np.random.default_rng([20230709, seed])
         self.seed, self.size = seed, size
@@ -672,7 +654,6 @@ class SkyWorld:
 
 
 # --- command line -------------------------------------------------------------------------------------------
-
 def main(argv=None):
     """The command line of data.py: one of five things to do, and what it needs."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -682,13 +663,12 @@ def main(argv=None):
     todo("--check", metavar="DIR", help="show what is in a prepared folder and what training finds there")
     todo("--cache", metavar="DIR", help="encode the clips of a prepared folder with --weights")
     todo("--drop_hardest", type=float, metavar="SHARE", help="list the clips of highest loss, 0.1: a tenth")
-    todo("--preview", metavar="FILE", help="draw the sky world: .png or .jpg a sheet, .gif or .webp a video")
+    todo("--preview", metavar="FILE", help="draw six sky worlds, a row each, into a picture")
     flag("--out", type=Path, help="folder to prepare in, or file for the list of --drop_hardest")
-    flag("--seed", type=int, default=0, help="world to draw, or the first of six, from 0 on")
+    flag("--seed", type=int, default=0, help="the first of the six worlds, from 0 on")
     flag("--size", type=int, default=64, help="of a frame in pixels; 64 for tiny, 512 for sd15")
     flag("--fps", type=float, default=5.0, help="frames to keep per second; 5 for timelapses")
-    flag("--skip", type=float, nargs=2, default=[0.0, 0.0], help="seconds to leave out at START and END",
-         metavar=("START", "END"))
+    flag("--skip", type=float, nargs=2, default=[0.0, 0.0], help="seconds to leave out at the start and end")
     flag("--cut", type=float, default=6.0, help="score of a cut, 0 to 100; lower it if cuts are missed")
     flag("--weights", default=TINY_WEIGHTS, help="model to --cache with, default the tiny one")
     flag("--scores", nargs="+", default=[], help="losses by train.py --score, a file per stage")
@@ -704,9 +684,6 @@ def main(argv=None):
         check(args.check)
     elif args.cache:
         cache(args.cache, args.weights)
-    elif args.preview and args.preview.endswith((".gif", ".webp")):
-        pixels = to_pixels(SkyWorld(args.seed, args.size).video(np.arange(121)))
-        save_animation(args.preview, pixels, 12, max(1, 256 // args.size))
     elif args.preview:
         worlds = [SkyWorld(args.seed + i, args.size) for i in range(6)]
         rows = [to_pixels(world.video(np.arange(0, 121, 15))) for world in worlds]

@@ -83,7 +83,6 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
 
 
 # --- running a plan ---------------------------------------------------------------------------------------
-
 class Sampler:
     """A model and the choices of a run. rank, world: which process this is, of how many. layers: {stage:
     temporal layers {name: tensor}} if stages have files of their own, else empty."""
@@ -235,7 +234,6 @@ def sample(args):
 
 
 # --- latents on disk --------------------------------------------------------------------------------------
-
 class Store:
     """The latents of a video on disk, a file per frame.
 
@@ -264,7 +262,6 @@ class Store:
 
 
 # --- the command line -------------------------------------------------------------------------------------
-
 def parse(argv):
     """The command line of sample.py."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -406,7 +403,6 @@ def read_inputs(args, config, borders):
 
 
 # --- writing frames, videos and measurements --------------------------------------------------------------
-
 def frame_path(folder, frame):
     """Where a frame is written. Files are counted from 1."""
     return os.path.join(folder, "frames", f"{frame + 1:05d}.png")

@@ -109,7 +109,6 @@ def parse(argv):
 
 
 # --- the loss and the loop ----------------------------------------------------------------------------------
-
 def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet=None):
     """Noise the new frames of windows, let the UNet denoise them, and measure how wrong it is.
 
@@ -272,7 +271,6 @@ def main(argv=None):
 
 
 # --- what a stage trains, and on what -----------------------------------------------------------------------
-
 def prepare_model(args):
     """The model a stage starts from. Video stages get fresh temporal layers, or those of --temporal."""
     torch.manual_seed(args.seed)
@@ -369,7 +367,6 @@ def to_device(batch, device):
 
 
 # --- once in a while: validation, samples, checkpoints, results ---------------------------------------------
-
 @torch.no_grad()
 def copy_into(target, source):
     """Copy tensors into those of the same name."""
@@ -523,7 +520,6 @@ def finish(model, args, minutes, val):
 
 
 # --- memory -------------------------------------------------------------------------------------------------
-
 @contextmanager
 def forward_context(args, device, home="cpu"):
     """Inside this, the flags decide in which precision networks compute, and how they keep activations."""
@@ -600,7 +596,6 @@ def dry_run(args, device, why, mode=FakeTensorMode):
 
 
 # --- several processes, on one machine or several: rank 0 validates and writes ------------------------------
-
 def batch_part(args, rank, world):
     """The examples of each batch that this process computes. ValueError if so many cannot share a batch."""
     if args.pipeline and world % 2:

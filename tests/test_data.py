@@ -228,11 +228,10 @@ def test_planted_faults_are_found_and_nothing_else_is(tmp_path):
     assert {name: clip["frames"] for name, clip in found.items()} == cuts | {
         "a.mp4/000": 40, "b again.mp4/000": 40, "frozen.mp4/000": 25, "frozen.mp4/001": 20,
         "frozen.mp4/002": 34, "short.mp4/000": 18, "shuffled.mp4/000": 40}
-    assert [name for name in found if found[name]["after_cut"]] == [name for name in cuts if name[-1] == "1"]
     assert {name: reason for name, (reason, _) in dropped.items()} == {
         "b again.mp4/000": "duplicate", "frozen.mp4/001": "frozen", "short.mp4/000": "short"}
     assert {path.name for path in out.glob("*.png")} == {f"dropped_{reason}.png" for reason in (
-        "cut", "duplicate", "frozen", "short")}
+        "duplicate", "frozen", "short")}
     assert all(Image.open(path).width == 8 * 96 for path in out.glob("*.png"))
 
 
@@ -393,12 +392,10 @@ def test_pixels_survive_the_way_to_a_tensor_and_back():
     assert np.array_equal(data.to_pixels(data.from_pixels(Image.fromarray(pixels)))[0], pixels)
 
 
-@pytest.mark.parametrize("name", ["sheet.png", "clip.gif"])
-def test_preview_writes_a_picture(tmp_path, name):
-    """`python data.py --preview FILE` leaves a file that Pillow can open."""
-    data.main(["--preview", str(tmp_path / name), "--size", "16"])
-    with Image.open(tmp_path / name) as image:
-        assert getattr(image, "n_frames", 1) > 100 if name.endswith("gif") else image.width == 9 * 16 * 8
+def test_preview_writes_a_picture(tmp_path):
+    """`python data.py --preview FILE` leaves a file that Pillow can open: nine frames of six worlds."""
+    data.main(["--preview", str(tmp_path / "sheet.png"), "--size", "16"])
+    assert Image.open(tmp_path / "sheet.png").size == (9 * 16 * 8, 6 * 16 * 8)
 
 
 def test_a_frame_does_not_depend_on_the_others_and_little_on_the_size():

@@ -1,7 +1,7 @@
 """Run: python -m pytest -q tests/test_diffusion.py
 
-fixtures/schedule.safetensors holds what reference implementations of SD1.x's schedule and samplers gave in
-float64: tables, time steps, single DDIM and DDPM steps, and DDIM walks with a formula for the network.
+fixtures/schedule.safetensors holds what reference implementations of SD1.x gave in float64: the schedule,
+time steps, single DDIM steps, and DDIM walks with a formula for the network.
 """
 import math
 from itertools import combinations
@@ -59,8 +59,7 @@ def test_schedule_values_match_the_reference():
 def test_timesteps_match_the_reference_and_bad_requests_are_refused():
     """Every stored step count in both spacings; 1000 trailing steps visit every level."""
     for steps, spacing in cases("timesteps"):
-        if spacing != "linspace":
-            assert ddim_timesteps(int(steps), spacing) == REFERENCE[f"timesteps/{steps}/{spacing}"].tolist()
+        assert ddim_timesteps(int(steps), spacing) == REFERENCE[f"timesteps/{steps}/{spacing}"].tolist()
     assert ddim_timesteps(D.T) == list(range(D.T))[::-1]
     for steps, spacing in (0, "trailing"), (1001, "trailing"), (1000, "leading"), (10, "karras"):
         with pytest.raises(ValueError, match="expected 1 to 1000 trailing"):
@@ -86,22 +85,10 @@ def test_ddim_walks_match_the_reference():
         x, states, levels = REFERENCE["walk_start"], [], ddim_timesteps(int(steps), spacing) + [0]
         for i, (t, t_prev) in enumerate(zip(levels, levels[1:])):
             output = D.guide(network(x, t, 0), network(x, t, 1), float(scale))
-            x = ddim_step(schedule, x, torch.full((1, 3), t), torch.full((1, 3), t_prev), output, float(eta),
-                          REFERENCE["walk_noise"][i % 10])
+            noise, per_frame = REFERENCE["walk_noise"][i % 10], torch.ones(1, 3, dtype=torch.long)
+            x = ddim_step(schedule, x, t * per_frame, t_prev * per_frame, output, float(eta), noise)
             states.append(x)
         assert_near(torch.stack(states)[-len(REFERENCE[name]):], name, 1e-4)
-
-
-def test_ddpm_steps_match_the_reference():
-    """Posterior mean and variance, and x0, of the ancestral sampler; no noise at t = 0."""
-    x, output = REFERENCE["q_x_t"][:1], REFERENCE["q_eps"][:1]
-    for t, prediction in cases("ddpm_mean"):
-        schedule, level, name = NoiseSchedule(prediction), torch.tensor([int(t)]), f"{t}/{prediction}"
-        mean = ddpm_step(schedule, x, level, output, torch.zeros_like(x))
-        assert_near(mean, "ddpm_mean/" + name)
-        assert_near(schedule.to_x0(x, level, output), "ddpm_x0/" + name)
-        deviation = (ddpm_step(schedule, x, level, output, torch.ones_like(x)) - mean).mean().item()
-        assert deviation ** 2 == pytest.approx(REFERENCE["ddpm_variance/" + name].item(), rel=1e-4, abs=1e-15)
 
 
 @every_schedule
@@ -120,8 +107,9 @@ def test_a_perfect_output_gives_back_x0_and_eps_at_any_mix_of_levels(schedule):
 
 @every_schedule
 def test_ddim_at_eta_1_over_neighbouring_levels_is_ddpm(schedule):
-    x, output, noise = (rand(1, 4, 4, 3, 3, seed=seed) for seed in range(3))
-    t = torch.tensor([[0, 1, 500, 999]])
+    """So the references for DDIM check DDPM too."""
+    x, output, noise = (rand(1, 4, 5, 3, 3, seed=seed) for seed in range(3))
+    t = torch.tensor([[0, 1, 50, 500, 999]])
     ddim = ddim_step(schedule, x, t, t - 1, output, eta=1.0, noise=noise)
     torch.testing.assert_close(ddim, ddpm_step(schedule, x, t, output, noise), rtol=1e-5, atol=5e-5)
 
@@ -131,8 +119,8 @@ def test_frames_with_different_levels_do_not_influence_each_other():
     x, output, t = rand(2, 4, 3, 5, 5), rand(2, 4, 3, 5, 5, seed=1), torch.tensor([[5, 999, 40], [0, 700, 1]])
     for step in (lambda x, t, output: ddim_step(V_ZERO, x, t, t // 2 - 1, output, 0.7, x),
                  lambda x, t, output: ddpm_step(V_ZERO, x, t, output, x)):
-        whole = step(x, t, output)
-        assert all(torch.equal(whole[:, :, f], step(x[:, :, f], t[:, f], output[:, :, f])) for f in range(3))
+        frames = [step(x[:, :, f], t[:, f], output[:, :, f]) for f in range(3)]
+        assert torch.equal(step(x, t, output), torch.stack(frames, dim=2))
 
 
 def test_a_frame_may_stay_at_its_level():
@@ -152,8 +140,7 @@ def test_a_variance_rounded_up_by_another_device_makes_no_nan(monkeypatch):
 
 def test_what_cannot_work_is_refused_with_the_way_out():
     """eps at zero SNR (only that last level), eta without noise or above 1, a wrong prediction or t."""
-    x, t = rand(1, 4, 2, 3, 3), torch.tensor([[5, 999]])
-    impossible = NoiseSchedule("eps", zero_terminal_snr=True)
+    x, t, impossible = rand(1, 4, 2, 3, 3), torch.tensor([[5, 999]]), NoiseSchedule("eps", True)
     assert impossible.to_x0(x, t - 1, x).isfinite().all()
     for call, words in ((lambda: ddim_step(impossible, x, t, t - 1, x), 'use prediction="v"'),
                         (lambda: ddim_step(EPS, x, t, t - 1, x, 0.5), "eta is 0.5"),
@@ -198,10 +185,10 @@ def test_noise_level_units_agree_and_round_trip():
         for text in f"nsr={level.nsr:.3g}", f"snr={math.exp(level.lam):.5g}", f"abar={level.abar!r}":
             again = parse_noise_level(text, schedule)
             assert again.t == t and again.lam == pytest.approx(level.lam, abs=0.01), text
-    want = "sigma/alpha 0.33 = alpha_bar 0.902 = SNR 9.2 (9.6 dB) = t 94"
-    assert str(parse_noise_level("nsr=0.33", EPS)) == want
     none = parse_noise_level("none", EPS)
     assert none == parse_noise_level("0", EPS) and (none.t, none.nsr, str(none)) == (0, 0.0, "no noise")
+    assert str(parse_noise_level("nsr=0.33", EPS)) == (
+        "sigma/alpha 0.33 = alpha_bar 0.902 = SNR 9.2 (9.6 dB) = t 94")
 
 
 @pytest.mark.parametrize("text", ["", "noise", "0.33", "db=3", "nsr=x", "nsr=", "nsr=-1", "nsr=0", "nsr=20",
@@ -214,10 +201,9 @@ def test_noise_levels_that_mean_nothing_are_refused_in_one_sentence(text):
 
 def test_frame_noise_depends_on_nothing_but_its_arguments():
     """The same bits in any order and whatever the global generator does; any int is a seed."""
-    frames = {f: frame_noise(7, f, (4, 8, 8)) for f in (0, 1, 2, 120)}
+    frames = [frame_noise(7, f, (4, 8, 8)) for f in (0, 1, 120)]
     torch.rand(3)
-    assert all(torch.equal(frame_noise(7, f, (4, 8, 8)), frames[f]) for f in (120, 2, 0, 1))
-    assert frames[0].dtype == torch.float32 and frames[0].device.type == "cpu"
+    assert all(torch.equal(frame_noise(7, f, (4, 8, 8)), frames.pop()) for f in (120, 1, 0))
     seeds = [0, 1, -1, 2**32 - 1, 2**32, 2**63, 2**64, 2**64 - 1, -2**63, 10**30]
     assert len({frame_noise(seed, 0, (4,)).numpy().tobytes() for seed in seeds}) == len(seeds)
 

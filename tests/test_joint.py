@@ -3,7 +3,6 @@
 import math
 import multiprocessing
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -73,13 +72,14 @@ def part(unet, lens, rank, scope):
     return unet(x[:, :, clips.here], own(t), context, own(frames), own(given), clips=clips)
 
 
-def process(rank, ports, folder, weights):
+def process(rank, folder, weights):
     """One of up to four processes: its clips of the window in a group of two, then of four."""
     torch.set_num_threads(1)
     unet = load_weights(weights).unet
-    for lens, port in zip(CLIPS, ports):
+    for lens in CLIPS:
         if rank < len(lens):
-            dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=len(lens))
+            dist.init_process_group("gloo", f"file://{folder}/group_of_{len(lens)}", rank=rank,
+                                    world_size=len(lens))
             for name, dtype in CASES:
                 out = part(unet.to(dtype), lens, rank, SCOPES[name])
                 torch.save(out, f"{folder}/{lens} {name} {dtype} {rank}")
@@ -90,12 +90,7 @@ def process(rank, ports, folder, weights):
 def shared(restless_weights, tmp_path_factory):
     """The folder where four processes have left what they said."""
     folder, context = tmp_path_factory.mktemp("shared"), multiprocessing.get_context("forkserver")
-    sockets = [socket.create_server(("localhost", 0)) for _ in CLIPS]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    children = [context.Process(target=process, args=(rank, ports, str(folder), restless_weights))
-                for rank in range(4)]
+    children = [context.Process(target=process, args=(rank, folder, restless_weights)) for rank in range(4)]
     for child in children:
         child.start()
     finish(children)
@@ -117,8 +112,7 @@ def test_a_joint_run_by_three_processes_is_that_by_one(restless_weights, tmp_pat
     flags = ["--world", "1", "--schedule", "joint", "--max_stride", "4", "--scope", "3+3", "--aug", "t=50",
              "--steps", "2", "--guidance_scale", "2"]
     one = run(tmp_path / "one", restless_weights, *flags)
-    finish(start(3, ["--frames", "40", *flags, "--batch_size", "4", "--decode_chunk", "4", "--weights",
-                     restless_weights, "--out", str(tmp_path / "three")]))
+    finish(start(3, tmp_path / "three", restless_weights, *flags))
     assert contents(one).keys() == contents(tmp_path / "three").keys()
     for name in os.listdir(one / "latents"):
         latents, others = (load_file(tmp_path / n / "latents" / name)["latents"] for n in ("one", "three"))

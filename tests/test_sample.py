@@ -17,16 +17,9 @@ import sample
 from diffusion import NoiseSchedule, frame_noise
 from model import is_temporal, load_weights, save_weights
 from schedule import autoregressive, hierarchical, joint
-from test_long import no_films   # noqa: F401
+from test_long import dies_at, no_films, run   # noqa: F401
 
 write_video = sample.write_video
-
-
-def run(tmp_path, weights, *more, name="run", frames=20):
-    """One short run of sample.py; returns its folder."""
-    folder = tmp_path / name
-    sample.main(["--frames", str(frames), "--steps", "2", "--weights", weights, "--out", str(folder), *more])
-    return folder
 
 
 def pixels(folder):
@@ -124,10 +117,11 @@ def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, monkeyp
 
 @pytest.mark.parametrize("schedule", ["hierarchical", "autoregressive"])
 def test_a_seed_fixes_every_byte_and_batches_change_only_rounding(tmp_path, restless_weights, schedule):
-    """Two runs with one seed agree in every pixel, another seed's do not; batches of 1 and 8 agree to +-1."""
-    first, again, single, other = (
-        pixels(run(tmp_path, restless_weights, f"--schedule={schedule}", *flags, name=str(i))).astype(int)
-        for i, flags in enumerate((["--seed=7"], ["--seed=7"], ["--seed=7", "--batch_size=1"], ["--seed=8"])))
+    """Runs with one seed agree in every pixel, batches of 1 and 4 to +-1, runs with two seeds do not."""
+    make = lambda name, *flags: pixels(run(tmp_path / name, restless_weights, "--schedule", schedule, *flags,
+                                           frames=20)).astype(int)
+    first, again, other = make("first", "--seed=7"), make("again", "--seed=7"), make("other", "--seed=8")
+    single = make("single", "--seed=7", "--batch_size=1")
     assert np.array_equal(first, again) and abs(first - single).max() <= 1 and abs(first - other).max() > 9
 
 
@@ -135,7 +129,7 @@ def test_pictures_are_cropped_and_turned_and_one_that_fits_comes_back_unchanged(
     """Frame 1 is the user's picture, bit for bit: no round trip through the VAE."""
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "fits.png")
-    folder = run(tmp_path, restless_weights, "--image", str(tmp_path / "fits.png"), frames=2)
+    folder = run(tmp_path / "run", restless_weights, "--image", str(tmp_path / "fits.png"), frames=2)
     assert np.array_equal(pixels(folder)[0], picture)
     wide, turned = np.zeros((80, 200, 4), np.uint8), Image.Exif()
     wide[..., 3], wide[40:, :, 0], turned[0x0112] = 255, 255, 3    # lower half red; upside down
@@ -149,16 +143,16 @@ def test_stage_files_make_the_windows_of_their_stage_and_untrained_layers_are_me
     """--temporal with a file of stage interp: starter windows from --weights, interp from the file."""
     stage_file = str(tmp_path / "interp.safetensors")
     save_weights(stage_file, load_weights(restless_weights), torch.float32, only=is_temporal, stage="interp")
-    plain, said = pixels(run(tmp_path, small_weights, name="plain", frames=30)), capsys.readouterr().out
-    assert "temporal layers of stage starter, extrap, interp are untrained" in said
-    mixed = pixels(run(tmp_path, small_weights, "--temporal", stage_file, name="mixed", frames=30))
+    plain = pixels(run(tmp_path / "plain", small_weights, frames=30))
+    assert "temporal layers of stage starter, extrap, interp are untrained" in capsys.readouterr().out
+    mixed = pixels(run(tmp_path / "mixed", small_weights, "--temporal", stage_file, frames=30))
     assert "temporal layers of stage starter, extrap are untrained" in capsys.readouterr().out
-    run(tmp_path, restless_weights, name="trained", frames=2)
+    run(tmp_path / "trained", restless_weights, frames=2)
     assert "untrained" not in capsys.readouterr().out
-    made = {stage: [frame for window in hierarchical(30) if window.stage == stage for frame in window.new]
-            for stage in ("starter", "interp")}
-    assert np.array_equal(plain[made["starter"]], mixed[made["starter"]])
-    assert not np.array_equal(plain[made["interp"]], mixed[made["interp"]])
+    starter, interp = ([frame for window in hierarchical(30) if window.stage == stage for frame in window.new]
+                       for stage in ("starter", "interp"))
+    assert np.array_equal(plain[starter], mixed[starter])
+    assert not np.array_equal(plain[interp], mixed[interp])
 
 
 def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(restless_weights, monkeypatch):
@@ -175,13 +169,21 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
     (["--frames", "0"], "--frames is 0: give 1 or more"), (["--aug", "loud=3"], "nsr="),
     (["--image", "nothing.png"], "no picture"), (["--image", __file__], "no picture can be read"),
     (["--weights", "nothing.safetensors"], "no weights file"), (["--steps", "0"], "steps"),
-    (["--scope", "near"], "expected RADIUS"), (["--fps", "0"], "--fps is 0")])
+    (["--scope", "near"], "expected RADIUS"), (["--max_stride", "0"], "--max_stride is 0"),
+    (["--resume"], "holds no run"), (["--extend", "5"], "holds no run"),
+    (["--keyframes", "a.png"], "expected FRAME:VALUE"), (["--prompts", "50:night"], "name frame 50"),
+    (["--keyframes", "0:a.png", "0:b.png"], "each frame once"),
+    (["--keyframes", "40:a.png"], "name frame 40: the last one is 39"),
+    (["--keyframes", "0:a.png", "--world", "3"], "both give frame 0: drop one"),
+    (["--keyframes", "3:a.png", "--loop"], "first picture is at 3: add one"),
+    (["--keyframes", "5:nothing.png"], "no picture can be read from nothing.png"),
+    (["--schedule", "autoregressive", "--loop"], "choose hierarchical")])
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, restless_weights, argv, words, monkeypatch):
     """Each error names what was found and what to do, and comes before anything is written."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=words):
-        sample.main(["--frames", "3", "--out", "run", "--weights", restless_weights, *argv])
-    assert not os.listdir(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        run("run", restless_weights, *argv)
+    assert "\n" not in str(error.value) and not os.listdir(tmp_path)
 
 
 def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restless_weights, monkeypatch):
@@ -195,7 +197,6 @@ def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restles
 
 
 def test_plan_prints_without_weights(capsys):
-    """--plan needs no model."""
     sample.main(["--plan", "--frames", "121", "--weights", "nothing", "--keyframes", "0:a", "120:b"])
     printed = capsys.readouterr().out
     assert "#" in printed and "makespan on 1, 2, 4, 8 processes: " in printed
@@ -203,38 +204,35 @@ def test_plan_prints_without_weights(capsys):
 
 # --- tests/evaluate.py ------------------------------------------------------------------------------------
 
+def measured(i, video=lambda truth, world: truth):
+    """The metrics of a video of the i-th test world, by default of the truth itself."""
+    world = data.SkyWorld(data.SPLITS["test"] + i)
+    truth = world.video(np.arange(61))
+    return evaluate.measure(video(truth, world), truth, world, hierarchical(61))[0]
+
+
 def test_truth_measured_against_itself_is_perfect():
     """No drift, ratios of 1, speed 1, all balloons found: the metrics' zero point, on all kinds of worlds."""
-    speeds = []
-    for i in range(6):
-        world = data.SkyWorld(data.SPLITS["test"] + i)
-        truth = world.video(np.arange(61))
-        row, _ = evaluate.measure(truth, truth, world, hierarchical(61))
+    rows = [measured(i) for i in range(6)]
+    for row in rows:
         assert (row["colour"], row["sharp"], row["flicker"], row["boundary"]) == (0, 0, 1, 1)
         assert row["persistence"] > 0.95 and row["psnr 1-7"] == row["psnr 30-42"] == pytest.approx(100)
-        speeds.append(row["speed"])
-    assert 0.9 <= np.median(speeds) <= 1.1
+    assert 0.9 <= np.median([row["speed"] for row in rows]) <= 1.1
 
 
 def degraded(kind, video, world):
-    """A video with one known fault, growing towards its end."""
-    n = video.shape[1]
-    strength = torch.linspace(0, 1, n).view(1, n, 1, 1)
+    """A video with one known fault, most of them growing towards its end."""
+    frame = torch.arange(video.shape[1]).view(1, -1, 1, 1)
+    strength = frame / frame.max()
     if kind == "blur":
         soft = torch.nn.functional.avg_pool2d(video, 3, stride=1, padding=1, count_include_pad=False)
-        return video + strength * (soft - video)
-    if kind == "brightness":
-        return video + 0.2 * strength
+        return torch.lerp(video, soft, strength)
     if kind == "noise":
         return video + 0.05 * strength * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
-    if kind == "freeze":
-        return video[:, torch.arange(n).clamp(max=5)]
-    if kind == "half speed":
-        return world.video(np.arange(n) / 2)
-    if kind == "boundaries":
-        return video + 0.03 * (torch.arange(n) // 4 % 2).view(1, n, 1, 1)
-    grey = video.mean(0, keepdim=True).expand_as(video)  # no balloon keeps its hue
-    return torch.where(torch.arange(n).view(1, n, 1, 1) > n // 2, grey, video)
+    grey = video.mean(0, keepdim=True).expand_as(video)   # no balloon keeps its hue
+    return {"brightness": video + 0.2 * strength, "boundaries": video + 0.03 * (frame // 4 % 2),
+            "freeze": video[:, frame.flatten().clamp(max=5)], "half speed": world.video(np.arange(61) / 2),
+            "colourless": torch.where(strength > 0.5, grey, video)}[kind]
 
 
 @pytest.mark.parametrize("kind, metric, low, high", [
@@ -244,12 +242,8 @@ def degraded(kind, video, world):
     ("colourless", "persistence", 0, 0.05)])
 def test_each_fault_shows_in_its_metric(kind, metric, low, high):
     """A fault we plant moves the metric that is meant for it out of the range of a good video."""
-    rows = []
-    for i in range(3):
-        world = data.SkyWorld(data.SPLITS["test"] + i)
-        truth = world.video(np.arange(61))
-        rows.append(evaluate.measure(degraded(kind, truth, world), truth, world, hierarchical(61))[0][metric])
-    assert low <= np.median(rows) <= high
+    rows = [measured(i, lambda truth, world: degraded(kind, truth, world)) for i in range(3)]
+    assert low <= np.median([row[metric] for row in rows]) <= high
 
 
 def test_boundaries_are_the_frames_where_windows_meet():
@@ -261,34 +255,31 @@ def test_boundaries_are_the_frames_where_windows_meet():
 def test_an_evaluation_compares_all_combinations_and_goes_on_where_it_stopped(tmp_path, restless_weights,
                                                                               monkeypatch, capsys):
     """A row for every cell and baseline, plots and a sheet; stopped and continued, also with more worlds."""
-    flags = ["schedule=hierarchical,joint", "frames=9,12", "--weights", restless_weights, "--steps", "1",
-             "--guidance_scale", "1", "--worlds"]
-    evaluate.main([*flags, "2", "--out", str(tmp_path / "whole")])
-    table, printed = (tmp_path / "whole" / "table.md").read_text(), capsys.readouterr().out
+    def run(folder, worlds):
+        evaluate.main(["schedule=hierarchical,joint", "frames=9,12", "--steps=1", "--guidance_scale=1",
+                       "--weights", restless_weights, f"--worlds={worlds}", "--out", str(tmp_path / folder)])
+        return (tmp_path / folder / "table.md").read_text()
+
+    table, printed = run("whole", 2), capsys.readouterr().out
     for row in (*evaluate.BASELINES, "hierarchical 9", "joint 12", "12 frames"):
         assert f"| {row} |" in table and f"| {row} |" in printed
     assert {"sheet.png", "drift_colour.png", "drift_sharp.png", "drift_psnr.png"} <= set(
         os.listdir(tmp_path / "whole"))
 
-    cut = [*flags, "2", "--out", str(tmp_path / "cut")]
-    evaluate.main([*flags, "1", *cut[-2:]])
+    run("cut", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dies_at(patch, sample.Sampler, "make", 3)
+        run("cut", 2)
     made, make = [], sample.Sampler.make
-
-    def dies(self, batch, *rest):
-        made.append(batch)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        make(self, batch, *rest)
-
-    monkeypatch.setattr(sample.Sampler, "make", dies)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.main(cut)
-    evaluate.main(cut)
-    evaluate.main(cut)
+    monkeypatch.setattr(sample.Sampler, "make", lambda *args: (made.extend(args[1]), make(*args))[1])
+    assert run("cut", 2) == run("cut", 2) == table
     plans = [plan(n) for plan in (hierarchical, joint) for n in (9, 12)]
-    assert sum(map(len, made)) == len(made[2]) + sum(map(len, plans))   # of world 1, one batch twice
-    assert (tmp_path / "cut" / "table.md").read_text() == table
-    for argv, words in ((["hierarchical"], "expected FLAG=VALUE,VALUE"), (["worlds=3"], "found worlds=3"),
-                        (["--loop"], "leave out pictures")):
-        with pytest.raises(ValueError, match=words):
-            evaluate.main(argv)
+    assert len(made) == sum(map(len, plans)) - 2   # those of world 1, less the two that were made before
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["hierarchical"], "expected FLAG=VALUE,VALUE"), (["worlds=3"], "found worlds=3"),
+    (["--loop"], "leave out pictures")])
+def test_an_evaluation_refuses_what_it_cannot_compare(argv, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate.main(argv)

@@ -6,15 +6,10 @@ from dataclasses import replace
 import pytest
 
 import schedule
-from schedule import (assign, autoregressive, build, costs, cut, extension, hierarchical, joint, main,
+from schedule import (assign, autoregressive, build, costs, cut, extension, hierarchical, joint, length, main,
                       makespan, reach, share, shortest_clip, show, verify, window_shapes)
 
 LENGTHS = [*range(1, 201), 500, 2300, 10000]
-
-
-def cost(plan):
-    """(windows, depth, frame evaluations), out of the words of costs()."""
-    return tuple(int(word) for word in costs(plan).replace(",", "").split() if word.isdigit())
 
 
 @pytest.mark.parametrize("options", ({}, {"max_stride": 1}, {"max_stride": 64}), ids=str)
@@ -24,8 +19,7 @@ def test_a_hierarchical_plan_makes_every_frame_once_from_any_user_frames(options
         for given in {(0,), (0, n - 1), (0, n // 3, n // 2), (*range(min(n, 5)),), (n - 1,), (n // 3, n - 1)}:
             plan = hierarchical(n, given, **options)
             verify(plan, n, given)
-            assert sorted([f for w in plan for f in w.new] + list(set(given))) == list(range(n))
-            assert all(len(w.frames) <= 7 and 0 <= w.frames[0] and w.frames[-1] < n for w in plan)
+            assert length(plan, n) == n and all(len(w.frames) <= 7 for w in plan)
 
 
 def test_an_autoregressive_plan_makes_every_frame_once_and_pads_less_than_a_loop():
@@ -33,13 +27,12 @@ def test_an_autoregressive_plan_makes_every_frame_once_and_pads_less_than_a_loop
     for n in LENGTHS:
         plan = autoregressive(n)
         verify(plan, n)
-        end = n if n <= 7 else 7 + 12 * -((7 - n) // 12)
-        assert sorted(f for w in plan for f in w.new) == list(range(1, end)) and end - n < 12
+        assert length(plan, n) == (n if n <= 7 else 7 + 12 * math.ceil((n - 7) / 12))
         assert all(len(w.frames) <= 8 for w in plan)
 
 
 def test_the_autoregressive_plan_is_the_published_list():
-    """Counted from 1: 1, 2!..7! / 1,2,3,7,11!,15!,19! / 1,2,6,7,8!,9!,10!,11, each loop 12 frames further."""
+    """Counted from 1, as in the blog; each loop is 12 frames further."""
     plan = [([f + 1 for f in w.given], [f + 1 for f in w.new], w.stage) for w in autoregressive(121)]
     assert plan[:7] == [
         ([1], [2, 3, 4, 5, 6, 7], "starter"), ([1, 2, 3, 7], [11, 15, 19], "extrap"),
@@ -78,17 +71,16 @@ def test_the_stage_says_what_a_window_does_and_the_stride_follows_from_the_lengt
     assert [hierarchical(385, max_stride=stride)[0].frames[1] for stride in (3, 63, 64)] == [1, 16, 64]
 
 
-@pytest.mark.parametrize("planner, options, figures, deep", [
-    (autoregressive, {}, [(41, 32, 317, 32), (169, 128, 1309, 128), (769, 578, 5959, 578)], 2501),
-    (hierarchical, {}, [(40, 6, 272, 7), (164, 12, 1142, 22), (755, 40, 5277, 96)], 160),
-    (hierarchical, {"max_stride": 64}, [(41, 7, 275, 8), (166, 8, 1154, 23), (764, 15, 5338, 97)], 45)])
-def test_what_the_plans_cost(planner, options, figures, deep):
-    """Windows, depth, evaluations, makespan on 8 devices at 121, 500 and 2300 frames; depth at 10,000."""
-    for n, expected in zip((121, 500, 2300), figures):
+@pytest.mark.parametrize("planner, options, figures", [
+    (autoregressive, {}, [(41, 32, 317, 32), (169, 128, 1309, 128), (769, 578, 5959, 578)]),
+    (hierarchical, {}, [(40, 6, 272, 7), (164, 12, 1142, 22), (755, 40, 5277, 96)]),
+    (hierarchical, {"max_stride": 64}, [(41, 7, 275, 8), (166, 8, 1154, 23), (764, 15, 5338, 97)])])
+def test_what_the_plans_cost(planner, options, figures):
+    """Windows, depth, evaluations, and makespan on 8 devices at 121, 500 and 2300 frames."""
+    for n, (windows, depth, evaluations, time) in zip((121, 500, 2300), figures):
         plan = planner(n, **options)
-        assert (*cost(plan), makespan(plan, 8)) == expected
-        assert makespan(plan, 1) == len(plan) and makespan(plan, len(plan)) == expected[1]
-    assert cost(planner(10000, **options))[1] == deep
+        assert costs(plan).startswith(f"{windows} windows, depth {depth}, {evaluations} frame evaluations")
+        assert [makespan(plan, devices) for devices in (1, 8, windows)] == [windows, time, depth]
 
 
 @pytest.mark.parametrize("max_stride", (16, 64))
@@ -100,32 +92,27 @@ def test_an_extension_makes_the_rest_once_and_its_boundary_is_like_any_other(max
     for known, n in ((1, 2), (5, 60), (121, 122), (121, 181), (97, 400), (121, 2300), (500, 10000)):
         plan = extension(n, known, max_stride)
         verify(plan, n, range(known))
-        assert sorted(f for w in plan for f in w.new) == list(range(known, n))
-        assert all(len(w.frames) <= 7 and w.frames[-1] < n for w in plan)
+        assert length(plan, n) == n and all(len(w.frames) <= 7 for w in plan)
         if known > max_stride and (n - known) % max_stride == 0:
             assert all(shape(w) in infill for w in plan if w.stage == "interp")
     assert extension(400, 121, max_stride)[0].given == (0, 120 - max_stride, 120)   # and the anchor
 
 
 @pytest.mark.parametrize("borders", ((0,), (0, 60), (0, 1, 2, 3), (0, 33, 34, 100)))
-def test_a_cut_plan_has_no_window_that_makes_frames_on_both_sides_of_a_border(borders):
+@pytest.mark.parametrize("plan", (hierarchical(121), joint(121), autoregressive(121)), ids=len)
+def test_a_cut_plan_has_no_window_that_makes_frames_on_both_sides_of_a_border(plan, borders):
     """All frames are still made once, in windows of no more frames."""
-    for planner, n, given in ((hierarchical, 121, (0, 120)), (joint, 121, (0,)), (autoregressive, 43, (0,))):
-        plan = planner(n) if planner is autoregressive else planner(n, given)
-        parts = cut(plan, borders)
-        verify(parts, n, given)
-        assert all(len({sum(f >= border for border in borders) for f in w.new}) == 1 for w in parts)
-        assert max(len(w.frames) for w in parts) <= max(len(w.frames) for w in plan)
-        assert cut(plan, (0,)) == plan
+    parts = cut(plan, borders)
+    verify(parts, 121)
+    assert all(len({sum(f >= border for border in borders) for f in w.new}) == 1 for w in parts)
+    assert max(len(w.frames) for w in parts) <= max(len(w.frames) for w in plan)
+    assert borders != (0,) or parts == plan
 
 
 @pytest.mark.parametrize("i, changes, sentence", [
     (1, {"frames": (0, 1, 6, 2, 10, 14, 18)}, r"window 1 is .*its frames make it .*\(0, 1, 2, 6"),
-    (1, {"frames": (0, 1, 1, 2, 6, 10, 14, 18)}, "window 1 is .*its frames make it"),
-    (1, {"frames": (-1, 1, 2, 6, 10, 14, 18)}, r"window 1 must .*\[-1\] do not exist yet"),
-    (1, {"frames": (0, 1, 2, 7, 10, 14, 18)}, r"window 1 must .*\[7\] do not exist yet"),
-    (1, {"new": ()}, "window 1 must make new"), (1, {"new": (10, 14, 17)}, r"window 1 .*\[18\] do not"),
-    (2, {"new": (6, 7, 8, 9)}, r"window 2 must .*\[6\] exist already"),
+    (1, {"frames": (-1, 1, 2, 7, 10, 14, 18)}, r"window 1 must .*\[-1, 7\] do not exist yet"),
+    (1, {"new": ()}, "window 1 must make new"), (2, {"new": (6, 7, 8, 9)}, r"window 2 .*\[6\] exist already"),
     (0, {"new": (0, 1, 2, 3, 4, 5, 6)}, r"window 0 must .*\[0\] exist already"),
     (2, {"depth": 1}, "window 2 is .*depth=1.* make it .*depth=2"),
     (2, {"deps": (0,)}, r"window 2 is .*deps=\(0,\)"), (1, {"stage": "interp"}, "make it .*'extrap'"),
@@ -146,35 +133,32 @@ def test_a_picture_shows_every_window_and_fits_the_terminal():
         assert sum(stage in line for line in lines for stage in schedule.STAGES) == len(plan)
         assert max(map(len, lines)) <= 140
     assert "frames 122..126 are padding" in show(autoregressive(122), 122)
-    rows = sorted("".join("#" if f in w.new else "c" if f in w.frames else "." for f in range(61))
-                  for w in hierarchical(61))
-    assert sorted(line[13:] for line in show(hierarchical(61), 61).splitlines()[1:]) == rows
-    assert all(f"    {row}\n" in schedule.__doc__ for row in show(hierarchical(17), 17).splitlines()[1:])
+    rows = show(hierarchical(17), 17).splitlines()[1:]
+    assert "".join(f"    {row}\n" for row in rows) in schedule.__doc__
 
 
 @pytest.mark.parametrize("n", (19, 61, 121, 127))
 def test_training_shows_the_windows_that_sampling_asks_for_and_no_others(n):
     """Every one that fits in the clip, once per source up to a shift, and frame 0 stays frame 0."""
-    def shape(w):
-        return w.stage, w.frames[0] == 0, tuple((f - w.frames[0], f in w.new) for f in w.frames)
+    shape = lambda w: (w.stage, w.frames[0] == 0, tuple((f - w.frames[0], f in w.new) for f in w.frames))
     plans = [hierarchical(k, given) for k in (n, (n + 1) // 2, (n + 3) // 4) for given in ((0,), (0, k - 1))]
     asked = {shape(w) for plan in (*plans, autoregressive(n)) for w in plan if w.frames[-1] < n}
     shapes = window_shapes("video", n)
-    shown = [w for _, windows in shapes for w in windows]
-    assert {shape(w) for w in shown} == asked and all(reach(w) < n and w.deps == () for w in shown)
-    assert all(len({shape(w) for w in windows}) == len(windows) for _, windows in shapes)
+    assert {shape(w) for _, windows in shapes for w in windows} == asked
+    for _, windows in shapes:
+        assert all(reach(w) < n and w.deps == () for w in windows)
+        assert len({shape(w) for w in windows}) == len(windows)
     for stage in schedule.STAGES:
         assert window_shapes(stage, n) == [pair for pair in shapes if pair[1][0].stage == stage]
 
 
 def test_the_window_that_starts_a_video_is_drawn_often_and_small_gaps_seldom():
     """(share, stage, windows, largest gap) of the lists at 121 frames."""
-    endless = math.inf
     assert [(share, windows[0].stage, len(windows), max(w.gap for w in windows))
             for share, windows in window_shapes("video", 121)] == [
-        (6, "starter", 1, endless), (4, "extrap", 1, endless), (6, "interp", 7, 120), (2, "interp", 4, 4),
-        (2, "starter", 1, endless), (2, "extrap", 9, endless), (2, "interp", 28, 4),
-        (1, "starter", 2, endless), (1, "interp", 8, 60), (1, "interp", 6, 4)]
+        (6, "starter", 1, math.inf), (4, "extrap", 1, math.inf), (6, "interp", 7, 120), (2, "interp", 4, 4),
+        (2, "starter", 1, math.inf), (2, "extrap", 9, math.inf), (2, "interp", 28, 4),
+        (1, "starter", 2, math.inf), (1, "interp", 8, 60), (1, "interp", 6, 4)]
 
 
 @pytest.mark.parametrize("stage", (*schedule.STAGES, "video"))
@@ -190,17 +174,15 @@ def test_the_shortest_clip_of_a_stage_is_the_shortest(stage):
 
 @pytest.mark.parametrize("devices", (1, 2, 4, 8))
 def test_batches_run_on_devices_that_are_free_once_what_they_read_exists(devices):
-    """No device runs two batches at once, none starts before its given frames, and one device never waits."""
+    """No device runs two batches at once, and none starts before its given frames are made."""
     depths = [[w for w in hierarchical(500) if w.depth == depth] for depth in range(12)]
     batches = [windows[i:i + 3] for windows in depths for i in range(0, len(windows), 3)]
     work = [len(batch) for batch in batches]
-    ends, busy = {0: 0}, {device: 0 for device in range(devices)}
+    ends, busy = {0: 0}, [0] * devices
     for batch, time, (device, end) in zip(batches, work, assign(batches, work, devices)):
         assert end - time >= max([busy[device], *(ends[f] for w in batch for f in w.given)])
         busy[device] = end
         ends.update((f, end) for w in batch for f in w.new)
-    assert devices > 1 or max(ends.values()) == sum(work)
-    assert sum(work) / devices <= max(ends.values()) <= sum(work)
     late = build([((0,), (1,)), ((0,), (2,)), ((0,), (3,)), ((3,), (4,))])
     assert makespan(late, devices) == {1: 4, 2: 3}.get(devices, 2)
 
@@ -224,18 +206,16 @@ def test_devices_share_the_frames_of_a_joint_window_and_the_rest_is_shared_out(d
     (lambda: hierarchical(9, (-1,)), "from 0 on"), (lambda: joint(9, max_stride=0), "max_stride 0: try 16"),
     (lambda: extension(121, 121), "cannot be lengthened to 121"), (lambda: verify([], 0), "0 frames")])
 def test_an_impossible_request_is_refused_in_a_sentence(call, sentence):
-    """What was found, what was expected, what to do."""
     with pytest.raises(ValueError, match=sentence):
         call()
 
 
 def test_the_command_prints_the_plan_and_refuses_in_one_sentence(capsys):
-    """The picture, then the costs; without a plan one sentence instead of an exit code, which means 1."""
-    main(["121"])
-    printed = capsys.readouterr().out
-    assert show(hierarchical(121), 121) in printed and "40, 21, 11, 7 windows" in printed
-    main(["121", "--schedule", "autoregressive"])
-    assert "41 windows, depth 32, 317 frame evaluations" in capsys.readouterr().out
-    assert list(schedule.PLANNERS) == ["hierarchical", "autoregressive", "joint"]
+    """The picture, then the costs. SystemExit with a sentence prints it, and the exit code is 1."""
+    for planner, flags in (hierarchical, []), (autoregressive, ["--schedule", "autoregressive"]):
+        main(["121", *flags])
+        printed, plan = capsys.readouterr().out, planner(121)
+        assert show(plan, 121) in printed and costs(plan) in printed
+        assert f"{makespan(plan, 1)}, {makespan(plan, 2)}, " in printed
     with pytest.raises(SystemExit, match="^a video of 0 frames.*$"):
         main(["0"])
