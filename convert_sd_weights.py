@@ -3,13 +3,10 @@
     python convert_sd_weights.py v1-5-pruned-emaonly.safetensors --merges bpe_simple_vocab_16e6.txt.gz
     python convert_sd_weights.py stable-diffusion-v1-5/          a diffusers folder brings its own merges
 
-Checkpoints are on the Hugging Face hub, for example stable-diffusion-v1-5/stable-diffusion-v1-5, under their
-own licence (CreativeML Open RAIL-M); the merges are in the repository openai/CLIP, folder clip. The result
-takes 2.1 GB in float16. It has no temporal layers: those start as the identity, and train.py trains them.
-
-model.py keeps the names of SD's single file, so only diffusers folders need renaming. Every tensor must find
-its place and every place its tensor; otherwise the misfits are listed and nothing is written. A pickle never
-runs code. safetensors has no checksum: compare the SHA-256 printed here with the one that the hub shows.
+Checkpoints are on the Hugging Face hub (stable-diffusion-v1-5/stable-diffusion-v1-5), under their own licence
+(CreativeML Open RAIL-M); the merges are in the repository openai/CLIP, folder clip. The result takes 2.1 GB
+in float16 and has no temporal layers: train.py trains them. Every tensor must find its place, and every
+place its tensor. A pickle never runs code. Compare the SHA-256 printed here with the one that the hub shows.
 """
 import argparse
 import gzip

@@ -79,7 +79,7 @@ class Clips:
         """A batch of rows (window, clip, place of its first frame), all with the same number of frames."""
         frames = torch.tensor([window.frames for window, _, _ in rows])
         given = torch.tensor([[frame in window.given for frame in window.frames] for window, _, _ in rows])
-        first = torch.tensor([[window.depth == 0] for window, _, _ in rows])
+        first = torch.tensor([[window.depth == 0] for window, _, _ in rows])   # nothing is made before these
         latents = [self.read(clip, row - row[0] + place) for row, (_, clip, place) in zip(frames, rows)]
         batch = {"latents": torch.stack(latents), "frames": frames, "given": given,
                  "user": given & ((frames == 0) | first),

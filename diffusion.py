@@ -4,14 +4,14 @@ Every frame of a video has its own noise level t (Diffusion Forcing, 2407.01392)
 has t near 0, one to be made starts at T - 1, pure noise. t is never the time inside the video. Throughout
 
     x   (b, c, f, h, w) videos with t (b, f), one level per frame, or (b,); (b, c, h, w) images with t (b,)
-    t   integer 0 .. T - 1; any negative t means no noise at all, alpha_bar = 1
+    t   integer 0 .. T - 1; any negative t means no noise, alpha_bar = 1: where sampling ends. The network
+        never sees it: it is told 0 for a clean frame
 
 Symbols: ᾱ = alpha_bar, ε = eps, α = √ᾱ and σ = √(1 − ᾱ) in x_t = α x0 + σ ε, SNR = ᾱ/(1 − ᾱ), λ = ln SNR.
 Papers, by arXiv number: DDPM 2006.11239, DDIM 2010.02502, v-prediction 2202.00512, classifier-free guidance
 2207.12598, zero terminal SNR 2305.08891, EDM 2206.00364. The frame schedule is in schedule.py.
 """
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -99,7 +99,7 @@ class NoiseSchedule:
 
 
 def precondition(schedule, output, x_t, t, mean, std):
-    """Combine the network's output with a prior N(mean, std²) of the clean frame: it learns what is left.
+    """Combine the network's output with a prior N(mean, std²) of the clean frame, `FlowPrior` in model.py.
 
     These are EDM's c_skip and c_out (table 1) around a prior: v_prior is the best v without a network, and
     std/√variance the size of its error. mean 0, std 1 return the output itself; std -> 0 returns the prior.
@@ -136,7 +136,7 @@ def posterior_variance(abar, abar_prev):
 
 
 def ddim_step(schedule, x_t, t, t_prev, output, eta=0.0, noise=None):
-    """x_prev = √ᾱ_prev x0_pred + √(1 − ᾱ_prev − σ²) eps_pred + σ z, σ² = η² β̃   (DDIM eq. 12 and 16).
+    """x_prev = √ᾱ_prev x0_pred + √(1 − ᾱ_prev − s²) eps_pred + s z, s² = η² β̃   (DDIM eq. 12, 16: σ is s).
 
     t, t_prev  (b,) or (b, f); a frame with t_prev = -1 becomes x0_pred, one with t_prev = t stays as it is
     output     the network's, with guidance or without; noise is z; both shaped like x_t
@@ -155,7 +155,7 @@ def ddim_step(schedule, x_t, t, t_prev, output, eta=0.0, noise=None):
 def ddpm_step(schedule, x_t, t, output, noise):
     """x_{t-1} = √ᾱ_{t-1} β/(1 − ᾱ) x0_pred + √α (1 − ᾱ_{t-1})/(1 − ᾱ) x_t + √β̃ z   (DDPM eq. 7), t >= 0.
 
-    Here α = ᾱ_t/ᾱ_{t-1} and β = 1 − α. At t = 0 this is x0_pred: the last step adds no noise."""
+    Here α = ᾱ_t/ᾱ_{t-1}, β = 1 − α. At t = 0 this is x0_pred. To compare: sampling uses `ddim_step`."""
     abar, abar_prev = at(schedule.alpha_bar, t, x_t), at(schedule.alpha_bar, t - 1, x_t)
     alpha = abar / abar_prev
     mean = (abar_prev.sqrt() * (1 - alpha) / (1 - abar) * schedule.to_x0(x_t, t, output)
@@ -192,48 +192,32 @@ def frame_noise(seed, frame, shape, kind="start"):
 
 
 # --- units of noise ---------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class NoiseLevel:
-    """One noise level in every unit. All follow from lam = ln SNR, which is +inf without noise."""
-    lam: float
-    t: int   # the index nearest to lam; also 0 without noise, so ask nsr == 0 for that
-
-    @property
-    def nsr(self):
-        """σ/α, a ratio of amplitudes: the s of x + s·noise."""
-        return math.exp(-self.lam / 2)
-
-    @property
-    def abar(self):
-        """ᾱ, the share of the signal in the power."""
-        return 1 / (1 + math.exp(-self.lam))
-
-    def __str__(self):
-        if self.nsr == 0:
-            return "no noise"
-        snr = math.exp(self.lam)   # two digits of it, but as 1200 and not 1.2e+03
-        return (f"sigma/alpha {self.nsr:.3g} = alpha_bar {self.abar:.3g} = SNR {float(f'{snr:.2g}'):g} "
-                f"({10 * math.log10(snr):.1f} dB) = t {self.t}")
-
-
 TO_LAMBDA = {"nsr": lambda s: -2 * math.log(s), "snr": math.log, "abar": lambda a: math.log(a / (1 - a))}
 
 
 def parse_noise_level(text, schedule):
-    """Read nsr=0.33 (σ/α), snr=9.2 (power), abar=0.9 (ᾱ), t=94 (index), 0 or none. -> NoiseLevel
+    """Read nsr=0.33 (σ/α), snr=9.2 (power), abar=0.9 (ᾱ), t=94 or none: the nearest t, and 0 for none.
 
     ValueError for a bare number (0.33 could be nsr, t = 94, or snr, t = 522) or a level out of range."""
-    table = schedule.lambda_(torch.arange(T, device=schedule.alpha_bar.device)).tolist()   # falls as t rises
     unit, _, number = text.replace(" ", "").lower().partition("=")
     if unit in ("0", "none") and not number:
-        return NoiseLevel(math.inf, 0)
+        return 0
+    table = schedule.lambda_(torch.arange(T, device=schedule.alpha_bar.device)).tolist()   # falls as t rises
     try:
         lam = dict(enumerate(table))[int(number)] if unit == "t" else TO_LAMBDA[unit](float(number))
     except (KeyError, ValueError, ZeroDivisionError):
         lam = math.nan
     if not table[-1] - 0.01 <= lam <= table[0] + 0.01:   # slack, so that printed figures can be typed back in
         raise ValueError(f"noise level {text!r}: expected nsr=0.33 (sigma/alpha), snr=9.2 (power), abar=0.9 "
-                         f"(alpha_bar), t=94 or none, from {NoiseLevel(table[0], 0)} to "
-                         f"{NoiseLevel(table[-1], T - 1)}")
-    return NoiseLevel(lam, min(range(T), key=lambda t: abs(table[t] - lam)))
+                         f"(alpha_bar), t=94 or none, from {describe_noise_level(1, schedule)} to "
+                         f"{describe_noise_level(T - 1, schedule)}")
+    return min(range(T), key=lambda t: abs(table[t] - lam))
+
+
+def describe_noise_level(t, schedule):
+    """A noise level in every unit, in words."""
+    if t == 0:
+        return "no noise"
+    snr = schedule.lambda_(torch.tensor(t, device=schedule.alpha_bar.device)).exp().item()
+    return (f"sigma/alpha {snr ** -0.5:.3g} = alpha_bar {snr / (1 + snr):.3g} = "
+            f"SNR {float(f'{snr:.2g}'):g} ({10 * math.log10(snr):.1f} dB) = t {t}")

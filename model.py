@@ -1,6 +1,6 @@
 """The networks: Stable Diffusion 1.5's UNet with temporal layers added, its VAE, text encoder and tokenizer.
 
-Read PseudoConv3d, TemporalAttention, Stage and UNet first: they turn an image model into a video model. Then
+Read PseudoConv3d, TemporalAttention, Block and UNet first: they turn an image model into a video model. Then
 comes what the temporal layers are told about their window. The rest is Stable Diffusion itself, memory,
 several devices, and files: skip it at first.
 
@@ -21,7 +21,7 @@ import unicodedata
 import zlib
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate, count
 
@@ -87,12 +87,12 @@ conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def named(**layers):
-    """Layers that run one after the other, under the names that SD's checkpoint has for them."""
+    """Layers that run one after the other, under SD's names for them."""
     return nn.Sequential(OrderedDict(layers))
 
 
 def zero(module):
-    """The module with all parameters zero: a path that starts closed, and that training opens."""
+    """The module with all parameters zero: a path that is closed until training opens it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -116,19 +116,8 @@ def sinusoids(values, dim, max_period=10_000):
 
 def distance_embedding(distance):
     """Sinusoids of signed distances in frames, of any shape: (..., 32)."""
-    # on a log scale: near frames one by one, far ones roughly; times 10: the fastest takes 6 units for a turn
+    # on a log scale: near frames one by one, far ones roughly; times 10, as the fastest has a period of 2π
     return sinusoids(10 * distance.sign() * distance.abs().log1p(), 32)
-
-
-class WholeWindow:
-    """Which frames of a window this process has: all. `ClipParallel` shares a window among several."""
-    here = in_halo = in_seen = slice(None)            # its frames: in the window, and in what it fetches
-    all_places = halo_places = seen_places = None     # to fetch: all; neighbours too; the scope of attention
-    mask = None                                       # added to the logits of temporal attention
-
-    def fetch(self, x, places):
-        """The frames x (b, f, ...) of this process -> the frames at those places of the window."""
-        return x
 
 
 class PseudoConv3d(nn.Conv2d):
@@ -184,7 +173,7 @@ class TemporalAttention(nn.Module):
         return x + rearrange(self.to_out(out), "b f (h w) c -> (b f) c h w", h=h)
 
 
-class Stage(nn.Sequential):
+class Block(nn.Sequential):
     """One numbered entry of SD's input_blocks or output_blocks: SD's layers, and our temporal attention."""
     def __init__(self, *layers):
         number = count()
@@ -216,28 +205,28 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
-        self.checkpoint_every = 0     # recompute every K-th stage in the backward pass; 0: none
+        self.checkpoint_every = 0     # recompute every K-th block in the backward pass; 0: none
         self.factor = 2 ** (len(widths) - 1)      # latents are halved this often, and must come out even
         self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
 
-        def stage(c_in, c_out, attend, *more):
+        def block(c_in, c_out, attend, *more):
             layers = [ResBlock(c_in, c_out, emb)]
             if attend:
                 layers.append(SpatialTransformer(c_out, c.heads, c.text_width))
-            return Stage(*layers, TemporalAttention(c_out, c.heads, c.temporal_emb_dim), *more)
+            return Block(*layers, TemporalAttention(c_out, c.heads, c.temporal_emb_dim), *more)
 
-        self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels, widths[0]))])
+        self.input_blocks = nn.ModuleList([Block(conv3x3(c.in_channels, widths[0]))])
         ch, skips = widths[0], [widths[0]]
         for level, width in enumerate(widths):
             for _ in range(c.res_blocks):
-                self.input_blocks.append(stage(ch, width, level in c.attention_levels))
+                self.input_blocks.append(block(ch, width, level in c.attention_levels))
                 ch = width
                 skips.append(ch)
             if level < len(widths) - 1:
-                self.input_blocks.append(Stage(named(op=conv3x3(ch, ch, stride=2))))      # half the size
+                self.input_blocks.append(Block(named(op=conv3x3(ch, ch, stride=2))))      # half the size
                 skips.append(ch)
 
-        self.middle_block = Stage(
+        self.middle_block = Block(
             ResBlock(ch, ch, emb), SpatialTransformer(ch, c.heads, c.text_width), ResBlock(ch, ch, emb),
             TemporalAttention(ch, c.heads, c.temporal_emb_dim))
 
@@ -245,7 +234,7 @@ class UNet(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             for i in range(c.res_blocks + 1):
                 up = [upsample(width)] if level > 0 and i == c.res_blocks else []
-                self.output_blocks.append(stage(ch + skips.pop(), width, level in c.attention_levels, *up))
+                self.output_blocks.append(block(ch + skips.pop(), width, level in c.attention_levels, *up))
                 ch = width
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), conv3x3(ch, 4))
 
@@ -280,8 +269,8 @@ class UNet(nn.Module):
         prior, warped, log_std = (None,) * 3 if window is None else self.temporal_prior(window)
         emb = self.time_embed(sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype))
         skips, hidden = [], rearrange(x, "b c f h w -> (b f) c h w")
-        for i, stage in enumerate(self.input_blocks):
-            hidden = self.run(i, stage, hidden, emb, context, window)
+        for i, block in enumerate(self.input_blocks):
+            hidden = self.run(i, block, hidden, emb, context, window)
             if i == 0 and window is not None:
                 hidden = hidden + self.temporal_hint(torch.cat([window.hint, prior], dim=1))
             skips.append(hidden)
@@ -291,8 +280,8 @@ class UNet(nn.Module):
     def second_half(self, x, t, context, window, hidden, emb, prior, warped, log_std, *skips):
         """Back up: the output, and the prior and what it warped (None without a window), like x."""
         skips = list(skips)
-        for i, stage in enumerate(self.output_blocks):
-            hidden = self.run(i, stage, hidden, emb, context, window, skips.pop())
+        for i, block in enumerate(self.output_blocks):
+            hidden = self.run(i, block, hidden, emb, context, window, skips.pop())
         video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=len(x))
         output = video(self.out(hidden))
         if window is None:
@@ -303,12 +292,12 @@ class UNet(nn.Module):
         output = precondition(self.schedule.to(x.device), output, x[:, :4], t, mean, std)
         return output, video(prior), video(warped)
 
-    def run(self, i, stage, *inputs):
-        """Run a stage; if it is every K-th, the backward pass recomputes it instead of keeping it."""
+    def run(self, i, block, *inputs):
+        """Run a block; if it is every K-th, the backward pass recomputes it instead of keeping it."""
         if not self.training or not self.checkpoint_every or i % self.checkpoint_every:
-            return stage(*inputs)
+            return block(*inputs)
         # re-entrant checkpointing would train nothing, silently, when its input needs no gradient
-        return checkpoint(stage, *inputs, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False)
 
 
 def is_temporal(name):
@@ -317,6 +306,17 @@ def is_temporal(name):
 
 
 # --- what the temporal layers are told about their window, and the prior ------------------------------------
+class WholeWindow:
+    """Which frames of a window this process has: all. `ClipParallel` shares a window among several."""
+    all_places = halo_places = seen_places = None   # to fetch: all; with neighbours; the scope of attention
+    here = in_halo = in_seen = slice(None)          # where this process's own frames are in each of these
+    mask = None                                     # added to the logits of temporal attention
+
+    def fetch(self, x, places):
+        """The frames x (b, f, ...) of this process -> the frames at those places of the window."""
+        return x
+
+
 @dataclass
 class WindowInfo:
     """What temporal layers know about their window. Gaps and distances are in frames of the video."""
@@ -392,8 +392,7 @@ def look_around(embed, x, t, context, frames, given, clips):
     nearest, emb = nearest[:, clips.here], emb[:, clips.here]
 
     # the four given frames nearest to each frame: their latents and where they are; zeros where there is none
-    known, row = nearest >= 0, torch.arange(b, device=x.device)[:, None, None]
-    place = nearest.clamp(min=0)
+    known, row, place = nearest >= 0, torch.arange(b, device=x.device)[:, None, None], nearest.clamp(min=0)
     spread = lambda values: values[..., None, None, None].to(x.dtype)
     near = all_latents[row, place] * spread(known)                                        # (b, f, 4, c, h, w)
     nodes = all_frames[row, place]                                                        # (b, f, 4)
@@ -431,8 +430,8 @@ class MotionPrior(nn.Module):
         gains, shifts = rearrange(self.emb(window.emb), "b f (two k c) -> two k (b f) c 1 1", two=2, k=3)
         axes = (torch.linspace(-1, 1, size, device=gains.device) for size in (h, w))
         places = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(gains.dtype).expand(n, 2, h, w)
-        seen = torch.cat([window.hint, window.blend, places], dim=1)
-        x = F.silu(self.conv_in(seen) * (1 + gains[0]) + shifts[0])
+        x = self.conv_in(torch.cat([window.hint, window.blend, places], dim=1))
+        x = F.silu(x * (1 + gains[0]) + shifts[0])
         for conv, gain, shift in zip(self.convs, gains[1:], shifts[1:]):
             x = x + F.silu(conv(x) * (1 + gain) + shift)
         speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")
@@ -440,22 +439,20 @@ class MotionPrior(nn.Module):
         origin = torch.clamp(-speed * window.since[..., None, None, None], -limit, limit)  # (n, 2, yx, h, w)
         squared = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)     # of the distance
         logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2)
-        logits = logits - self.sharpness * squared
-        logits = logits + window.share.clamp(min=1e-30).log()[..., None, None, None]
+        logits = logits - self.sharpness * squared + window.share.clamp(1e-30).log()[..., None, None, None]
         weights = logits.flatten(1, 2).softmax(dim=1)                                      # (n, 2 taps, h, w)
         rows = torch.arange(-self.reach[0], h + self.reach[0], device=x.device).clamp(0, h - 1)
-        columns = torch.arange(-self.reach[1], w + self.reach[1], device=x.device) % w
+        columns = torch.arange(-self.reach[1], w + self.reach[1], device=x.device) % w    # a sky goes around
         sides = rearrange(window.hint[:, :8], "n (side c) h w -> (n side) c h w", c=4)
         around = F.unfold(sides[:, :, rows[:, None], columns], self.size)
         around = rearrange(around, "(n side) (c k) (h w) -> n c (side k) h w", n=n, c=4, h=h)
         moved = (around * weights[:, None]).sum(2)                                         # (n, 4, h, w)
         whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)
         gain, shift, of_frame = self.to_light(whole).split((16, 4, 4), dim=1)
-        correction, mixture, doubt = self.to_rest(x).chunk(3, dim=1)
+        correction, mixture, log_std = self.to_rest(x).chunk(3, dim=1)
         moved = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]
-        moved = moved + correction
-        mixture = (mixture + of_frame[..., None, None]).sigmoid()
-        return window.blend + mixture * (moved - window.blend), moved, doubt
+        warped, gate = moved + correction, (mixture + of_frame[..., None, None]).sigmoid()
+        return window.blend + gate * (warped - window.blend), warped, log_std
 
 
 # --- Stable Diffusion's own blocks --------------------------------------------------------------------------
@@ -543,22 +540,21 @@ class EightBit(nn.Module):
 
 
 def store_in_8bit(unet):
-    """Store the frozen weights of a UNet in 8 bits. Checkpoint every stage, or all are unpacked at once."""
+    """Store the frozen weights of a UNet in 8 bits. Checkpoint every block, or all are unpacked at once."""
     for module in list(unet.modules()):
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.requires_grad:
             parametrize.register_parametrization(module, "weight", EightBit())
 
 
 def add_lora(unet, rank):
-    """Add a trainable low-rank bypass, zero at the start, to every projection of the spatial attentions:
-    W x + up(down(x)) (Hu et al. 2106.09685, 4.1). Returns the layers by the names of their weights."""
-    layers = {f"{name}.weight": module for name, module in unet.named_modules()
-              if isinstance(module, nn.Linear) and ".attn" in name}
-    for layer in layers.values():
-        linear = partial(nn.Linear, bias=False, device=layer.weight.device)
-        layer.lora = nn.Sequential(linear(layer.in_features, rank), zero(linear(rank, layer.out_features)))
-        layer.register_forward_hook(lambda layer, inputs, out: out + layer.lora(*inputs))
-    return layers
+    """Add a low-rank bypass, trainable and zero at the start, to every projection of the spatial attentions:
+    W x + up(down(x)) (Hu et al. 2106.09685, 4.1)."""
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, nn.Linear) and ".attn" in name:
+            linear = partial(nn.Linear, bias=False, device=layer.weight.device)
+            down, up = linear(layer.in_features, rank), zero(linear(rank, layer.out_features))
+            layer.lora = nn.Sequential(down, up)
+            layer.register_forward_hook(lambda layer, inputs, out: out + layer.lora(*inputs))
 
 
 def keep_activations(eight_bit, home, dtype):
@@ -569,7 +565,7 @@ def keep_activations(eight_bit, home, dtype):
     def pack(x):
         device, scale = x.device, None
         if isinstance(x, nn.Parameter) or x.numel() < 2 ** 12:
-            return x, scale, device
+            return x, None, device
         if eight_bit and x.dtype == dtype and x.dim() > 2 and x.shape[-1] > 3:   # not a conv kernel, 3 wide
             x, scale = to_8bit(x, -1)
         return x.to(home or device), scale, device
@@ -688,8 +684,7 @@ class VAE(nn.Module):
         """Video (b, 3, f, H, W) in [-1, 1] -> latents (b, 4, f, h, w) of mean 0, deviation 1; not sampled."""
         factor, (H, W) = self.config.vae_factor, video.shape[-2:]
         if H % factor or W % factor:
-            raise ValueError(f"a picture of {H}x{W} pixels cannot be encoded: resize it, so that height and "
-                             f"width are multiples of {factor}")
+            raise ValueError(f"pictures of {H}x{W} pixels do not fit: resize them to multiples of {factor}")
         frames = rearrange(video, "b c f H W -> (b f) c H W")
         z = torch.cat([self.moments(part)[0] for part in frames.split(chunk)])
         latents = rearrange(z, "(b f) c h w -> b c f h w", b=video.shape[0])
@@ -710,15 +705,15 @@ class TextLayer(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        projections = {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-        self.self_attn = nn.ModuleDict(projections)
+        names = "q_proj", "k_proj", "v_proj", "out_proj"
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
         hidden = self.layer_norm1(x)
-        q, k, v = (rearrange(self.self_attn[name](hidden), "b n (heads d) -> b heads n d", heads=self.heads)
-                   for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (rearrange(self.self_attn[f"{name}_proj"](hidden), "b n (heads d) -> b heads n d",
+                             heads=self.heads) for name in "qkv")
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.self_attn["out_proj"](rearrange(out, "b heads n d -> b n (heads d)"))
         hidden = self.mlp["fc1"](self.layer_norm2(x))
@@ -732,7 +727,7 @@ class TextEncoder(nn.Module):
         width = config.text_width
         self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(config.vocabulary, width),
                                          "position_embedding": nn.Embedding(TEXT_TOKENS, width)})
-        layers = [TextLayer(width, config.text_heads) for _ in range(config.text_layers)]
+        layers = (TextLayer(width, config.text_heads) for _ in range(config.text_layers))
         self.encoder = named(layers=nn.Sequential(*layers))
         self.final_layer_norm = nn.LayerNorm(width)
         for embedding in self.embeddings.values():
@@ -823,20 +818,13 @@ class Model:
         """Text embeddings of a list of prompts: (n, 77, d)."""
         return self.text(self.tokenizer(prompts).to(next(self.text.parameters()).device))
 
-    def set_latent_scaling(self, mean, std):
-        """Take over the mean and deviation of the latents, measured when the VAE had been trained."""
-        self.config = self.vae.config = replace(self.config, latent_mean=tuple(mean), latent_std=tuple(std))
-
 
 def choose_device(name=None):
     """The torch device to run on, and why."""
     if name:
         return torch.device(name), "as --device says"
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple GPU"
-    return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
+    gpu = torch.accelerator.current_accelerator()
+    return (gpu, "found it") if gpu else (torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads")
 
 
 @contextmanager
@@ -872,11 +860,11 @@ def read_weights(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        config, merges, about = texts = [metadata[key] for key in ("config", "merges", "about")]
+        config, merges, about, stated = (metadata[key] for key in ("config", "merges", "about", "checksum"))
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"no weights file of ours at {path} ({error}): give one by train.py, or let "
                          f"convert_sd_weights.py make one from a Stable Diffusion 1.x checkpoint") from None
-    if metadata["checksum"] != checksum(tensors, *texts):
+    if stated != checksum(tensors, config, merges, about):
         raise ValueError(f"{path} is damaged, its checksum is wrong: copy or make it again")
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(config).items()}
     return Config(**fields), merges.split("\n") if merges else [], json.loads(about), tensors
@@ -902,8 +890,7 @@ def load_weights(path, preset=None):
     if preset not in (None, config.name):
         raise ValueError(f"{path} holds weights of preset {config.name}, found --preset {preset}: change one")
     if not any(key.startswith(PREFIXES["vae"]) for key in tensors):
-        raise ValueError(f"{path} holds only the temporal layers of stage {about.get('stage')}: give it as "
-                         f"--temporal beside a full weights file")
+        raise ValueError(f"{path} holds only the temporal layers: give it as --temporal beside full weights")
     model = Model.build(config, merges)
     model.about = about
     trained = any(map(is_temporal, tensors))

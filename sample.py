@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import data
 from convert_sd_weights import merge_lora
-from diffusion import NoiseSchedule, T, ddim_step, ddim_timesteps, frame_noise, guide, parse_noise_level
+from diffusion import (NoiseSchedule, T, ddim_step, ddim_timesteps, describe_noise_level, frame_noise, guide,
+                       parse_noise_level)
 from model import (TINY_WEIGHTS, ClipParallel, choose_device, complete, fill, is_temporal, load_weights,
                    read_weights)
 from schedule import PLANNERS, STAGES, Window, assign, costs, cut, extension, makespan, share, show, verify
@@ -64,10 +65,10 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
                             for seed, row in zip(seeds, frames.tolist())]).to(latents.device)
 
     # Given frames stay at their own low noise level. The network is told the level of every frame.
-    given, noised = latents, ~new & (t_given > 0)
+    kept, noised = latents, ~new & (t_given > 0)
     if noised.any():
-        given = pick(noised, schedule.q_sample(latents, t_given, noise("aug")), latents)
-    x = pick(new, noise("start"), given)
+        kept = pick(noised, schedule.q_sample(latents, t_given, noise("aug")), latents)
+    x = pick(new, noise("start"), kept)
     for step, (level, next_level) in enumerate(zip(levels, levels[1:])):
         t, t_prev = torch.where(new, level, t_given), torch.where(new, next_level, t_given)
         if scale == 1:
@@ -76,9 +77,9 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
             twice = lambda v: torch.cat([v, v])
             output = unet(twice(x), twice(t), torch.cat(text), twice(frames), twice(~new), clips=clips)
             output = guide(*output.chunk(2), scale)
-        # fresh noise is that of frames before the video, which nothing else uses
+        # fresh noise: each (step, frame) has a negative frame number of its own, which nothing else uses
         fresh = noise("start", lambda frame: -1 - step - T * frame) if eta > 0 else None
-        x = pick(new, ddim_step(schedule, x, t, t_prev, output, eta, fresh), given)
+        x = pick(new, ddim_step(schedule, x, t, t_prev, output, eta, fresh), kept)
     return pick(new, x, latents)
 
 
@@ -89,7 +90,7 @@ class Sampler:
 
     def __init__(self, model, args, device, layers, rank=0, world=1):
         self.model, self.args, self.device, self.layers = model.to(device), args, device, layers
-        self.rank, self.world, self.scope = rank, world, parse_scope(args.scope)
+        self.rank, self.world, self.scope = rank, world, args.scope or (math.inf, 0)
         config = model.config
         self.shape = (4, config.size // config.vae_factor, config.size // config.vae_factor)
         self.schedule = NoiseSchedule(config.prediction, config.zero_terminal_snr).to(device)
@@ -130,20 +131,20 @@ class Sampler:
         """Make the new frames of windows of one kind. Of a joint window each process makes its own clip."""
         first, tensor = batch[0], lambda rows: torch.tensor(rows, device=self.device)
         segments = tensor([bisect_right(borders, window.new[0]) - 1 for window in batch])
-        # Where nothing is given, nothing says what is right. Fresh noise at every step lets later steps mend
-        # what earlier ones got wrong (2206.00364, section 4).
+        # Without given frames early mistakes stay. Fresh noise at every step lets later steps mend them
+        # (2206.00364, section 4).
         steps, eta = (self.args.steps, 0.0) if first.given else (max(self.args.steps, FIRST_FRAME_STEPS), 1.0)
         rank, world = (self.rank, self.world) if first.joint else (0, 1)
-        clips = ClipParallel(share(len(first.frames), world), rank, *self.scope)
+        clips = ClipParallel(share(len(first.frames), world), rank, *self.scope)   # of 1: the whole window
         batch = [window.part(clips.here) for window in batch]
         frames = tensor([window.frames for window in batch])                                      # (b, f)
         new = tensor([[frame in window.new for frame in window.frames] for window in batch])
-        made = tensor([[frame not in user for frame in window.frames] for window in batch])
+        ours = tensor([[frame not in user for frame in window.frames] for window in batch])
         latents = torch.stack([store.read(window.frames) for window in batch]).to(self.device)
         latents = denoise_window(
             self.model.unet, self.schedule, latents, frames, new, [rows[segments] for rows in text],
             self.levels(steps), self.args.guidance_scale, [seed] * len(batch),
-            torch.where(made & ~new, self.aug.t, 0), eta, clips).cpu()   # the user's frames stay clean
+            torch.where(ours & ~new, self.aug, 0), eta, clips).cpu()   # the user's frames stay clean
         if not torch.isfinite(latents).all():
             raise ValueError(f"frames {first.new} came out as numbers that are not finite: try --device cpu")
         for x, window in zip(latents, batch):
@@ -165,12 +166,9 @@ def frame_plan(args):
         raise ValueError(f"--loop leads back to frame 0, but the first picture is at {given[0]}: add one")
     if args.schedule == "autoregressive" and (given != [0] or args.known or args.max_stride != 16):
         raise ValueError("--schedule autoregressive only goes on from frame 0: choose hierarchical")
-    if args.known:
-        plan = extension(args.frames, args.known, args.max_stride)
-    elif args.schedule == "autoregressive":
-        plan = PLANNERS[args.schedule](args.frames)
-    else:
-        plan = PLANNERS[args.schedule](args.frames + args.loop, given, args.max_stride)
+    strided = () if args.schedule == "autoregressive" else (given, args.max_stride)
+    plan = (extension(args.frames, args.known, args.max_stride) if args.known else
+            PLANNERS[args.schedule](args.frames + args.loop, *strided))
     borders = sorted({0, *segments})
     plan = cut(plan, borders)
     verify(plan, args.frames + args.loop, range(args.known) if args.known else given)
@@ -281,8 +279,8 @@ def parse(argv):
     add("--schedule", default="hierarchical", choices=list(PLANNERS),
         help="which frames are made from which; joint: all keyframes in one window, which processes share")
     add("--max_stride", type=int, default=16, help="most frames from keyframe to keyframe (default: 16)")
-    add("--scope", metavar="RADIUS[+GLOBAL]", help="a frame attends to RADIUS frames on either side and to "
-        "GLOBAL frames spread over its window, like 8+16 (default: all)")
+    add("--scope", type=int, nargs=2, metavar=("RADIUS", "GLOBAL"), help="a frame attends to RADIUS frames "
+        "on either side and to GLOBAL frames spread over its window, like 8 16 (default: all)")
     add("--steps", type=int, help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
     add("--guidance_scale", type=float, help="1 is off and fast (default: 1.5 for tiny, 7.5 for sd15)")
     add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha), snr=9.2, abar=0.9, "
@@ -343,14 +341,6 @@ def by_frame(items, flag):
     return dict(sorted(found.items()))
 
 
-def parse_scope(text):
-    """"8+16" -> radius 8 and 16 global frames, as `ClipParallel` wants them; None: every frame sees all."""
-    found = re.fullmatch(r"(\d+)(?:\+(\d+))?", text or "")
-    if text and not found:
-        raise ValueError(f"--scope {text}: expected RADIUS or RADIUS+GLOBAL, like 8 or 8+16")
-    return (int(found[1]), int(found[2] or 0)) if found else (math.inf, 0)
-
-
 def prepare(args, rank=0, world=1):
     """The sampler of a run, with its weights; says what it found. Fills in the defaults of the preset."""
     device, why = choose_device(args.device)
@@ -376,7 +366,8 @@ def prepare(args, rank=0, world=1):
         print(f"temporal layers of stage {', '.join(untrained)} are untrained: give others as --temporal")
     sampler = Sampler(model, args, device, layers, rank, world)
     sampler.levels(args.steps)   # says so if there cannot be so many
-    print(f"device: {device} ({why}); noise on given frames that the model made: {sampler.aug}")
+    aug = describe_noise_level(sampler.aug, sampler.schedule)
+    print(f"device: {device} ({why}); noise on given frames that the model made: {aug}")
     return sampler
 
 

@@ -2,7 +2,7 @@
 
 A long video does not fit through the UNet at once, so it is made window by window. A window is a few frames
 that go through the UNet together: the given ones exist already and condition the others; the new ones start
-as noise. A plan is a list of windows that makes the whole video. This one makes seventeen frames from the
+as noise. A plan is a list of windows that makes the whole video. The plan below makes 17 frames from the
 first (`python schedule.py 17`; a row per window, c given, # new):
 
        0 starter c...#...#...#...#
@@ -239,7 +239,7 @@ def reach(window) -> int:
 
 def shortest_clip(stage) -> int:
     """The fewest frames in which any window of a stage fits."""
-    return {"starter": 2, "extrap": 19, "interp": 3, "video": 2}[stage]
+    return {"starter": 2, "extrap": 19, "interp": 3, "video": 2}[stage]   # 19: autoregressive, frames 0 to 18
 
 
 def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
@@ -252,8 +252,9 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     if n_frames < needed:
         raise ValueError(f"no {stage} window fits in {n_frames} frames: train on clips of {needed} or more")
     shorter = [n for n in ((n_frames + 1) // 2, (n_frames + 3) // 4) if n > 1]
-    hierarchy = lambda lengths: [window for end in (0, 1) for n in lengths   # from frame 0; from both ends
-                                 for window in hierarchical(n, (0, end * (n - 1)))]
+    from_one_end = lambda lengths: [window for n in lengths for window in hierarchical(n)]
+    from_both_ends = lambda lengths: [window for n in lengths for window in hierarchical(n, (0, n - 1))]
+    hierarchy = lambda lengths: from_one_end(lengths) + from_both_ends(lengths)
     sources = [(hierarchy([n_frames]), {"starter": 6, "extrap": 4, "coarse": 6, "fine": 2}),
                (autoregressive(n_frames), {"starter": 2, "extrap": 2, "coarse": 2, "fine": 2}),
                (hierarchy(shorter), {"starter": 1, "extrap": 3, "coarse": 1, "fine": 1})]

@@ -21,6 +21,7 @@ import random
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -79,7 +80,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="default %(default)s")
     flag("--device", help="default cuda, else mps, else cpu")
     flag = p.add_argument_group("memory, for the video stages (README.md says what each saves)").add_argument
-    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th stage; 1 saves most")
+    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; 1 saves most")
     flag("--optimizer_on_cpu", action="store_true", help="keep optimizer state and averaged weights there")
     flag("--offload_activations", action="store_true", help="keep what the backward pass needs on the CPU")
     flag("--activations_8bit", action="store_true", help="keep it in 8 bits; gradients are good to a percent")
@@ -143,14 +144,15 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
     if len(errors) == 1:
         return errors[0].mean(), errors[0].mean()
     # Between close frames little is unknown: such a window has a thousandth of the error of a long leap, and
-    # this thousandth is what flickers. So the error of each window is divided by its own size, which is what
-    # a learned uncertainty weight converges to (Kendall et al. 1705.07115). The floors are too small to see.
+    # this thousandth is what flickers. So each error is divided by its own size, which a learned uncertainty
+    # weight converges to (Kendall et al. 1705.07115). Only the gradient of the sum means anything: its value
+    # is about 3. The floors are errors too small to see.
     loss = sum(error / (error.detach() + floor) for error, floor in zip(errors, (1e-4, 2e-5, 2e-5)))
     return loss.mean(), errors[0].mean()
 
 
 def vae_loss(model, batch, seed, args, part=slice(None)):
-    """What pictures (b, 3, H, W) lose in the VAE: like Rombach et al. 2112.10752, without a discriminator.
+    """How badly the VAE gives pictures (b, 3, H, W) back: Rombach et al. 2112.10752 without discriminator.
 
     L1 of the picture, L1 of its differences between neighbours, which keeps edges sharp, and a little KL."""
     images = batch["images"]
@@ -198,7 +200,8 @@ def main(argv=None):
     # in fp16 small gradients vanish: scale the loss up, by a factor that doubles until one overflows
     scaler = torch.amp.GradScaler(device.type, init_scale=512.0, growth_interval=2000,
                                   enabled=args.mixed_precision == "fp16")
-    stage_loss, state = vae_loss if args.stage == "vae" else denoising_loss, (masters, ema, optimizer, scaler)
+    stage_loss = vae_loss if args.stage == "vae" else denoising_loss
+    state = masters, ema, optimizer, scaler
     step, log = load_checkpoint(state, args, rank, world)
     copy_into(trainable, masters)
     progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", disable=rank > 0)
@@ -282,7 +285,7 @@ def prepare_model(args):
         fill(model, tensors, args.weights, only=lambda key: key.startswith(PREFIXES["vae"]))
     else:
         model = load_weights(args.weights, args.preset)
-        about, tensors = model.about, Model.build(model.config).state()
+        about, tensors = model.about, Model.build(model.config).state()   # fresh temporal layers, at first
         if args.temporal:
             about, tensors = read_weights(args.temporal)[2:]
         if args.temporal or not args.score:
@@ -298,8 +301,8 @@ def freeze_the_rest(model, args):
     trainable = {}
     for part, network in model.networks().items():
         for name, parameter in network.named_parameters():
-            video = part == "unet" and (is_temporal(name) or ".lora." in name)
-            trains = {"vae": part == "vae", "image": part != "vae" and not video}.get(args.stage, video)
+            temporal = part == "unet" and (is_temporal(name) or ".lora." in name)   # what video stages train
+            trains = {"vae": part == "vae", "image": part != "vae" and not temporal}.get(args.stage, temporal)
             parameter.requires_grad_(trains)
             if trains:
                 trainable[f"{part}.{name}"] = parameter
@@ -500,7 +503,8 @@ def finish(model, args, minutes, val):
             device = next(model.vae.parameters()).device
             pictures = (data.picture_batch("train", 1, i, 64, model.config.size) for i in range(16))
             z = torch.cat([model.vae.moments(part.to(device))[0] for part in pictures])
-        model.set_latent_scaling(z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist())
+        mean, std = (tuple(moment.tolist()) for moment in (z.mean((0, 2, 3)), z.std((0, 2, 3))))
+        model.config = replace(model.config, latent_mean=mean, latent_std=std)
         save_weights(path, model, torch.float32, lambda key: key.startswith(PREFIXES["vae"]), **about)
     elif args.stage == "image":
         save_weights(path, model, torch.float32, lambda key: not is_temporal(key), **about)
@@ -574,8 +578,7 @@ def dry_run(args, device, why, mode=FakeTensorMode):
         trainable = freeze_the_rest(model, args)
         if args.optimizer_on_cpu:
             make_masters(trainable, "meta")
-        there = [model.unet] if args.data or args.preset == "sd15" else model.networks().values()
-        known = [tensor for network in there for tensor in (*network.parameters(), *network.buffers())]
+        known = [*model.unet.parameters(), *model.unet.buffers()]      # VAE and text encoder: on the CPU
         trained, size = sum(p.nbytes for p in trainable.values()), config.size // config.vae_factor
         batch = {"latents": torch.zeros(b, 4, f, size, size), "frames": torch.arange(f).repeat(b, 1),
                  "given": torch.zeros(b, f).bool(), "user": torch.zeros(b, f).bool(),
@@ -678,7 +681,7 @@ def start_profile(args):
 def write_scores(args, model, device):
     """Write the loss of every clip of --data, on equal windows and noise, for data.py --drop_hardest."""
     if not model.unet.temporal_hint.weight.any():               # it starts at zero
-        raise ValueError("untrained temporal layers cannot tell hard clips: give trained ones as --temporal")
+        raise ValueError("untrained temporal layers know nothing of clips: give trained ones as --temporal")
     clips, rows = data.cached_clips(args.data, model, args.stage), []
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
     for name, batch in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):

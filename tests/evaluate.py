@@ -27,7 +27,7 @@ import data  # noqa: E402
 import sample  # noqa: E402
 from model import checksum  # noqa: E402
 
-COMPARED = ("frames", "schedule", "max_stride", "scope", "steps", "guidance_scale", "aug", "weights",
+COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "aug", "weights",
             "temporal")
 BASELINES = ("VAE round trip", "copy first frame", "blend true ends")
 SPANS = ((1, 8), (30, 43), (60, 73), (108, 121), (228, 241), (468, 481))    # of frames, for the PSNR

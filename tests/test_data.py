@@ -332,7 +332,7 @@ def test_check_says_what_training_will_find(prepared, capsys):
     said = capsys.readouterr().out
     windows = [window for _, windows in window_shapes("extrap", 40) for window in windows]
     places = 6 * sum(40 - reach(window) for window in windows)
-    assert "6 clips with 6 different captions; 240 frames, 40 in the longest" in said
+    assert "6 clips; 240 frames, 40 in the longest" in said
     assert f"extrap 19 {len(windows)} 6 {places}" in " ".join(said.split())
     assert (prepared / "sheet.png").exists()
 

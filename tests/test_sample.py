@@ -169,7 +169,7 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
     (["--frames", "0"], "--frames is 0: give 1 or more"), (["--aug", "loud=3"], "nsr="),
     (["--image", "nothing.png"], "no picture"), (["--image", __file__], "no picture can be read"),
     (["--weights", "nothing.safetensors"], "no weights file"), (["--steps", "0"], "steps"),
-    (["--scope", "near"], "expected RADIUS"), (["--max_stride", "0"], "--max_stride is 0"),
+    (["--max_stride", "0"], "--max_stride is 0"),
     (["--resume"], "holds no run"), (["--extend", "5"], "holds no run"),
     (["--keyframes", "a.png"], "expected FRAME:VALUE"), (["--prompts", "50:night"], "name frame 50"),
     (["--keyframes", "0:a.png", "0:b.png"], "each frame once"),
