@@ -34,7 +34,6 @@ FOREIGN = {"a LoRA": r"(?i)lora",
 
 def rename(key, part, config):
     """SD's name of a tensor, from that of a diffusers folder's "unet", "vae" or "text", or a "single" file.
-
     The dots in these patterns also match the underscores in the names of LoRA layers."""
     n, levels, last = config.res_blocks + 1, len(config.widths), len(config.vae_widths) - 1
     after = lambda i: 2 if levels - 1 - i in config.attention_levels else 1   # an upsampler follows attention
@@ -199,8 +198,7 @@ def convert(path, model, vae=None, ema=False):
             tensors[name] = tensor[:, :4]
         if ".mid.attn_1." in name and tensor.dim() == 2:    # diffusers has a linear layer, SD a 1x1 conv
             tensors[name] = tensor[:, :, None, None]
-    check(path, tensors, {PREFIXES[part] + name: tensor.shape for part, network in model.networks().items()
-                          for name, tensor in network.state_dict().items() if not is_temporal(name)})
+    check(path, tensors, {name: x.shape for name, x in model.state().items() if not is_temporal(name)})
     for part, network in model.networks().items():
         own = {name: tensors[PREFIXES[part] + name] for name in network.state_dict() if not is_temporal(name)}
         network.load_state_dict(own, strict=False, assign=True)
@@ -279,7 +277,11 @@ def main(argv=None):
     p.add_argument("--ema", action="store_true", help="take the averaged weights, if there are both")
     args = p.parse_args(argv)
     if os.path.isfile(args.model):
-        print("SHA-256", hashlib.sha256(Path(args.model).read_bytes()).hexdigest())
+        digest = hashlib.sha256()
+        with open(args.model, "rb") as file:                # some have 7 GB: not all at once
+            while part := file.read(2 ** 24):
+                digest.update(part)
+        print("SHA-256", digest.hexdigest())
     with torch.device("meta"):                              # the numbers come from the checkpoint
         model = Model.build(PRESETS["sd15"])
     found = convert(args.model, model, args.vae, args.ema)

@@ -11,7 +11,6 @@ them exist already; user (b, f), which of those the user gave; captions, a list 
 if the text embeddings are cached. A batch is a pure function of (seed, step), so a resumed run sees what an
 uninterrupted run would have seen.
 """
-
 import argparse
 import csv
 import hashlib
@@ -123,9 +122,8 @@ def made_from(path):
 
 
 def sky_clips(path, encode, worlds, frames, size, key):
-    """Clips of the same moments (frames, a range) of many sky worlds (a range of seeds), encoded once.
-
-    encode: video (1, 3, f, H, W) -> latents (1, 4, f, h, w). A file made with another key is made again."""
+    """Clips of the same moments (frames, a range) of many sky worlds (a range of seeds), encoded once: video
+    (1, 3, f, H, W) -> latents (1, 4, f, h, w). A file made with another key is made again."""
     note = f"{key} {worlds} {frames} {size}"
     if made_from(path) != note:
         latents = torch.cat([encode(SkyWorld(world, size).video(np.array(frames))[None]).half()
@@ -147,7 +145,6 @@ def sky_clips(path, encode, worlds, frames, size, key):
 #   DIR/cache/SOURCE/000.safetensors    its latents and text embedding
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MIN_FRAMES = 19     # shorter clips are dropped: --stage extrap needs this many
 ALIKE = 0.9         # clips whose edges correlate more are duplicates
 
 
@@ -293,9 +290,8 @@ def show_clips(folder, file, rows):
 
 
 def drop_clips(folder, refused):
-    """List clips to leave out in dropped.csv, and show them in a contact sheet per reason.
-
-    A duplicate has the edges of another source's clip, at 5 moments: edges survive new sizes and colours."""
+    """List clips to leave out in dropped.csv, and show them in a contact sheet per reason. A duplicate has
+    the edges of another source's clip, at 5 moments: edges survive new sizes and colours."""
     clips = read_clips(folder, kept=False)
     names, rows = list(clips), []
     seen = np.zeros((len(names), 2400), np.float32)    # the edges of the clips that stay
@@ -305,7 +301,7 @@ def drop_clips(folder, refused):
         edges /= np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-3) * 5 ** 0.5
         twins = [names[j] for j in np.flatnonzero(seen[:i] @ edges.ravel() > ALIKE)
                  if clips[names[j]]["source"] != clip["source"]]
-        if clip["frozen"] or clip["frames"] < MIN_FRAMES:
+        if clip["frozen"] or clip["frames"] < shortest_clip("extrap"):
             rows.append((name, "frozen" if clip["frozen"] else "short", ""))
         elif twins:
             rows.append((name, "duplicate", twins[0]))

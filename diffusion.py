@@ -22,9 +22,8 @@ TINY = 1e-20   # prevents 0/0 at ᾱ = 1 and ᾱ = 0, far below the smallest ᾱ
 def make_alpha_bar(beta_start, beta_end, zero_terminal_snr):
     """ᾱ_t = ∏ (1 − β_s) over s <= t, √β linear in t: the curve SD1.x calls "linear" (DDPM eq. 4). -> (T,)
 
-    zero_terminal_snr: shift and scale √ᾱ to end at 0 (2305.08891 algorithm 1). Else the noisiest frames of
-    training still show the mean of a picture (ᾱ = 0.0047), and sampling, which starts from noise that shows
-    nothing, never makes a very dark or very bright one."""
+    zero_terminal_snr: shift and scale √ᾱ to end at 0 (2305.08891 algorithm 1). Else even the noisiest frames
+    of training show the mean of a picture (ᾱ = 0.0047), and sampling never makes a very dark one."""
     betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, dim=0)   # a thousand products in float32 would lose the last digit
     if zero_terminal_snr:
@@ -53,7 +52,6 @@ def at(alpha_bar, t, x):
 
 class NoiseSchedule:
     """ᾱ_t for t = 0..T-1, and what the network's output means: "eps" or "v". The defaults are SD1.x."""
-
     def __init__(self, prediction="eps", zero_terminal_snr=False, beta_start=0.00085, beta_end=0.012):
         if prediction not in ("eps", "v"):
             raise ValueError(f'prediction is {prediction!r}: expected "eps" (as SD1.x was trained) or "v"')
@@ -92,14 +90,9 @@ class NoiseSchedule:
         abar = at(self.alpha_bar, t, x_t)
         return output if self.prediction == "eps" else abar.sqrt() * output + (1 - abar).sqrt() * x_t
 
-    def lambda_(self, t):
-        """λ = ln(ᾱ/(1 − ᾱ)), shaped like t; held within ±18.4, so finite at ᾱ = 0 and ᾱ = 1."""
-        abar = pick(self.alpha_bar, t)
-        return abar.clamp(min=1e-8).log() - (1 - abar).clamp(min=1e-8).log()
-
 
 def precondition(schedule, output, x_t, t, mean, std):
-    """Combine the network's output with a prior N(mean, std²) of the clean frame, `FlowPrior` in model.py.
+    """Combine the network's output with a prior N(mean, std²) of the clean frame, `MotionPrior` in model.py.
 
     These are EDM's c_skip and c_out (table 1) around a prior: v_prior is the best v without a network, and
     std/√variance the size of its error. mean 0, std 1 return the output itself; std -> 0 returns the prior.
@@ -179,9 +172,8 @@ def mix(word):
 def frame_noise(seed, frame, shape, kind="start"):
     """Standard normal noise of one frame, a function of its arguments and nothing else: float32 on the CPU.
 
-    So a video does not depend on batch size, order of windows or devices, and all windows that are given a
-    frame see the same noisy copy of it. Any integers are fine as seed and frame.
-    kind: "start" for the noise that sampling starts from, "aug" for noise augmentation of given frames."""
+    So a video does not depend on batches, the order of windows or devices, and all windows that are given a
+    frame see the same noisy copy. kind: "start" for new frames, "aug" for augmentation of given ones."""
     # torch's CPU generator keeps only the low 32 bits of its seed. Ordinary hashes that short would soon
     # repeat within a long video; bijections of (frame, kind), mixed with a hash of the seed, never do.
     word = 0x9E3779B9
@@ -192,7 +184,7 @@ def frame_noise(seed, frame, shape, kind="start"):
 
 
 # --- units of noise ---------------------------------------------------------------------------------------
-TO_LAMBDA = {"nsr": lambda s: -2 * math.log(s), "snr": math.log, "abar": lambda a: math.log(a / (1 - a))}
+TO_ALPHA_BAR = {"nsr": lambda s: 1 / (1 + s * s), "snr": lambda s: s / (1 + s), "abar": lambda a: a}
 
 
 def parse_noise_level(text, schedule):
@@ -202,22 +194,24 @@ def parse_noise_level(text, schedule):
     unit, _, number = text.replace(" ", "").lower().partition("=")
     if unit in ("0", "none") and not number:
         return 0
-    table = schedule.lambda_(torch.arange(T, device=schedule.alpha_bar.device)).tolist()   # falls as t rises
+    table = schedule.alpha_bar.tolist()               # falls as t rises
     try:
-        lam = dict(enumerate(table))[int(number)] if unit == "t" else TO_LAMBDA[unit](float(number))
+        abar = dict(enumerate(table))[int(number)] if unit == "t" else TO_ALPHA_BAR[unit](float(number))
     except (KeyError, ValueError, ZeroDivisionError):
-        lam = math.nan
-    if not table[-1] - 0.01 <= lam <= table[0] + 0.01:   # slack, so that printed figures can be typed back in
+        abar = math.nan
+    # a little slack, so that printed figures can be typed back in; the sign of sigma/alpha would be lost
+    if number.startswith("-") or not 0.999 * table[-1] <= abar <= 1 - 0.99 * (1 - table[0]):
         raise ValueError(f"noise level {text!r}: expected nsr=0.33 (sigma/alpha), snr=9.2 (power), abar=0.9 "
                          f"(alpha_bar), t=94 or none, from {describe_noise_level(1, schedule)} to "
                          f"{describe_noise_level(T - 1, schedule)}")
-    return min(range(T), key=lambda t: abs(table[t] - lam))
+    return min(range(T), key=lambda t: abs(table[t] - abar))
 
 
 def describe_noise_level(t, schedule):
     """A noise level in every unit, in words."""
     if t == 0:
         return "no noise"
-    snr = schedule.lambda_(torch.tensor(t, device=schedule.alpha_bar.device)).exp().item()
-    return (f"sigma/alpha {snr ** -0.5:.3g} = alpha_bar {snr / (1 + snr):.3g} = "
-            f"SNR {float(f'{snr:.2g}'):g} ({10 * math.log10(snr):.1f} dB) = t {t}")
+    abar = max(schedule.alpha_bar[t].item(), 1e-8)    # 0 with zero terminal SNR
+    snr = abar / (1 - abar)
+    return (f"sigma/alpha {snr ** -0.5:.3g} = alpha_bar {abar:.3g} = SNR {float(f'{snr:.2g}'):g} "
+            f"({10 * math.log10(snr):.1f} dB) = t {t}")

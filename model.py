@@ -1,8 +1,7 @@
 """The networks: Stable Diffusion 1.5's UNet with temporal layers added, its VAE, text encoder and tokenizer.
 
-Read PseudoConv3d, TemporalAttention, Block and UNet first: they turn an image model into a video model. Then
-comes what the temporal layers are told about their window. The rest is Stable Diffusion itself, memory,
-several devices, and files: skip it at first.
+Read PseudoConv3d, TemporalAttention, Block and UNet first: they turn an image model into a video model. A
+`WindowInfo`, below them, is what they are told about their window. Skip the rest at first.
 
 The image part keeps the module names of SD's checkpoint, so its weights load as they are. Everything new has
 "temporal" in its name and starts as the identity: a fresh video model *is* SD, frame by frame.
@@ -11,7 +10,6 @@ Shapes: b batch, c channels, f frames of a window, h w of the latents, H W of th
 `t` is the noise level of a frame, 0 (almost clean) to 999 (pure noise). `frames` says where frames are in the
 video. `given` frames exist already and are shown to the network; the others are new, and it makes them.
 """
-
 import html
 import json
 import math
@@ -335,7 +333,7 @@ class FrameEmbedding(nn.Module):
     """What the temporal layers are told about each frame: (b, f, e).
 
     Its noise level; how far and how noisy the nearest given frames are; how far the first new frame is; and a
-    few numbers per token of the text: a mean over all tokens would drown the one word that says "left"."""
+    few numbers per token of the text: a mean over all tokens would drown the one word that matters."""
     def __init__(self, dim, context_dim):
         super().__init__()
         self.token = nn.Linear(context_dim, 8)
@@ -560,8 +558,8 @@ def add_lora(unet, rank):
 def keep_activations(eight_bit, home, dtype):
     """A context: the forward pass keeps what the backward pass needs in 8 bits, or on another device.
 
-    eight_bit: tensors of type `dtype` as integers, with a scale per row; what is float32 in a run in half
-    precision has a reason and stays. home: the device to keep them on, or None. Small tensors stay."""
+    eight_bit: tensors of type `dtype` as integers with a scale per row; a float32 tensor in a half precision
+    run has a reason, and stays. home: the device to keep them on, or None. Small tensors stay."""
     def pack(x):
         device, scale = x.device, None
         if isinstance(x, nn.Parameter) or x.numel() < 2 ** 12:
@@ -823,8 +821,9 @@ def choose_device(name=None):
     """The torch device to run on, and why."""
     if name:
         return torch.device(name), "as --device says"
-    gpu = torch.accelerator.current_accelerator()
-    return (gpu, "found it") if gpu else (torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return torch.device("cuda" if torch.cuda.is_available() else "mps"), "found it"
+    return torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads"
 
 
 @contextmanager
@@ -840,7 +839,7 @@ def checksum(tensors, *texts):
     total = zlib.crc32("".join(texts).encode())
     for key, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).cpu().numpy(), total)
     return f"{total:08x}"
 
 

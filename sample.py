@@ -8,7 +8,6 @@ A run leaves one folder: args.json, latents/ and frames/ with a file per frame, 
 video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv. Nothing but the plan grows in memory with the
 video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work and gives the same bytes.
 """
-
 import argparse
 import math
 import os
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import data
 from convert_sd_weights import merge_lora
-from diffusion import (NoiseSchedule, T, ddim_step, ddim_timesteps, describe_noise_level, frame_noise, guide,
-                       parse_noise_level)
+from diffusion import T, ddim_step, ddim_timesteps, frame_noise, guide
+from diffusion import describe_noise_level, parse_noise_level
 from model import (TINY_WEIGHTS, ClipParallel, choose_device, complete, fill, is_temporal, load_weights,
                    read_weights)
 from schedule import PLANNERS, STAGES, Window, assign, costs, cut, extension, makespan, share, show, verify
@@ -40,7 +39,6 @@ from schedule import PLANNERS, STAGES, Window, assign, costs, cut, extension, ma
 DEFAULTS = {"tiny": (4, 1.5, "none"), "sd15": (30, 7.5, "nsr=0.33")}
 FIRST_FRAME = Window((0,), (0,), "starter", 0, ())   # frame 0 from the prompt alone
 FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps than a frame beside others
-ANIMATION_FRAMES = 241      # the writers of GIF and WebP hold all frames in memory
 
 
 @torch.no_grad()
@@ -85,15 +83,15 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
 
 # --- running a plan ---------------------------------------------------------------------------------------
 class Sampler:
-    """A model and the choices of a run. rank, world: which process this is, of how many. layers: {stage:
-    temporal layers {name: tensor}} if stages have files of their own, else empty."""
+    """A model and the choices of a run. rank, world: which process this is, of how many.
 
+    layers: {stage: temporal layers {name: tensor}} if stages have files of their own, else empty."""
     def __init__(self, model, args, device, layers, rank=0, world=1):
         self.model, self.args, self.device, self.layers = model.to(device), args, device, layers
         self.rank, self.world, self.scope = rank, world, args.scope or (math.inf, 0)
-        config = model.config
-        self.shape = (4, config.size // config.vae_factor, config.size // config.vae_factor)
-        self.schedule = NoiseSchedule(config.prediction, config.zero_terminal_snr).to(device)
+        config, side = model.config, model.config.size // model.config.vae_factor
+        self.shape = (4, side, side)
+        self.schedule = model.unet.schedule.to(device)
         self.aug = parse_noise_level(args.aug, self.schedule)
         # zero terminal SNR has to start at the last level; SD 1.x was published with levels that stop at 0
         spacing, last = ("trailing", -1) if config.zero_terminal_snr else ("leading", 0)
@@ -104,7 +102,6 @@ class Sampler:
     @torch.no_grad()
     def run(self, plan, store, text, seed, user=(0,), borders=(0,)):
         """Run this process's share of a plan. The `user` frames are in the store; what is made there is kept.
-
         text: a row per segment of the video; segments begin at the frames `borders`."""
         # What goes through the UNet together depends neither on what is done already nor on the number of
         # processes. So every run multiplies the same matrices and rounds alike.
@@ -152,8 +149,7 @@ class Sampler:
 
 
 def frame_plan(args):
-    """The plan of a run, checked; the frames that the user gives; the first frames of the prompt segments.
-    A loop has one frame more, a copy of frame 0, which the last windows are given and nobody is shown."""
+    """The plan of a run, checked; the frames that the user gives; the first frames of the prompt segments."""
     keyframes, segments = by_frame(args.keyframes, "keyframes"), by_frame(args.prompts, "prompts")
     last = max([*keyframes, *segments], default=0)
     if last >= args.frames:
@@ -161,6 +157,7 @@ def frame_plan(args):
     pictured = bool(args.image) or args.world is not None
     if 0 in keyframes and pictured:
         raise ValueError("--keyframes and --image or --world both give frame 0: drop one")
+    # a loop has one frame more, a copy of frame 0 that the last windows are given and nobody is shown
     given = sorted({*keyframes, *[0] * (pictured or not keyframes), *[args.frames] * args.loop})
     if args.loop and given[0] != 0:
         raise ValueError(f"--loop leads back to frame 0, but the first picture is at {given[0]}: add one")
@@ -190,9 +187,7 @@ def processes(backend="gloo"):
 
 @torch.no_grad()
 def sample(args):
-    """One video, from its plan to its folder.
-
-    Processes share the folder, and each finds there what the others have made; only joint windows send."""
+    """One video, from its plan to its folder, where processes find what the others have made."""
     begun = time.time()
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         raise ValueError("several machines share no folder: start all processes on one, with --standalone")
@@ -237,7 +232,6 @@ class Store:
 
     A file gets its name when it is complete. So a frame that is there is whole, a process that is killed
     loses only the batch at work, and processes can share the folder."""
-
     def __init__(self, folder, shape):
         os.makedirs(folder, exist_ok=True)
         self.shape = shape     # (4, h, w)
@@ -351,8 +345,7 @@ def prepare(args, rank=0, world=1):
     for item in args.lora:
         path, scale = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", item).groups()
         layers, unknown = merge_lora(model, path, float(scale or 1))
-        print(f"{path}: {layers} layers merged, times {scale or 1}"
-              + (f"; no place for {len(unknown)} tensors: {', '.join(unknown)}" if unknown else ""))
+        print(f"{path}: {layers} layers merged, times {scale or 1}; no place for {unknown or 'none'}")
     temporal = lambda: {name: p.clone() for name, p in model.unet.state_dict().items() if is_temporal(name)}
     layers = {stage: temporal() for stage in STAGES} if args.temporal else {}
     for path in args.temporal:
@@ -418,8 +411,8 @@ def write_frames(args, sampler, store, pictures):
 
 
 def write_video(folder, n_frames, fps):
-    """video.mp4, video.gif and video.webp (of the first ANIMATION_FRAMES frames) and sheet.png."""
-    pixels = read_frames(folder, range(min(n_frames, ANIMATION_FRAMES)))
+    """video.mp4, video.gif and video.webp (of the first 241 frames, all of which they hold), and sheet.png."""
+    pixels = read_frames(folder, range(min(n_frames, 241)))
     for name in ("video.gif", "video.webp"):
         with complete(os.path.join(folder, name)) as path:
             data.save_animation(path, pixels, fps, max(1, 256 // pixels.shape[1]))
@@ -429,8 +422,8 @@ def write_video(folder, n_frames, fps):
                             os.path.join(folder, "frames", "%05d.png"), "-vf",
                             "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-pix_fmt", "yuv420p",
                             "-crf", "18", "-movflags", "+faststart", path], check=True)
-    except FileNotFoundError:
-        print("no ffmpeg found, so no video.mp4: install it, then --resume")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        print(f"no video.mp4: install ffmpeg with libx264, then --resume ({error})")
     picked = np.linspace(0, n_frames - 1, min(32, n_frames)).round().astype(int)
     rows = [read_frames(folder, picked[i:i + 8]) for i in range(0, len(picked), 8)]
     labels = [f"frame {picked[i] + 1}" for i in range(0, len(picked), 8)]

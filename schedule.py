@@ -107,9 +107,8 @@ def joint(n_frames: int, given=(0,), max_stride: int = 16) -> list[Window]:
 
 
 def autoregressive(n_frames: int) -> list[Window]:
-    """Make 6 frames from frame 0, then 12 more at a time: three keyframes ahead, then the gaps between them.
-
-    From lxj616's blog (2023-07-09). It makes up to 11 frames beyond the video. ValueError if n_frames < 1."""
+    """Make 6 frames from frame 0, then 12 more at a time: three keyframes ahead, then the gaps between them
+    (lxj616's blog, 2023-07-09). It makes up to 11 frames beyond the video."""
     user_frames(n_frames, (0,))   # for its check
     steps = [((0,), range(1, min(n_frames, 7)))] if n_frames > 1 else []
     for last in range(6, n_frames - 1, 12):
@@ -191,9 +190,6 @@ def verify(plan, n_frames, given=(0,)) -> None:
             raise ValueError(f"window {i} must make new frames from existing ones, found {window.given} -> "
                              f"{window.new}: {again} exist already, {early} do not exist yet")
         exists.update(window.new)
-    for i, (window, right) in enumerate(zip(plan, build((window.given, window.new) for window in plan))):
-        if window != right:
-            raise ValueError(f"window {i} is {window}, but its frames make it {right}: use build()")
     missing = sorted(set(range(n_frames)) - exists)
     if missing:
         raise ValueError(f"{len(missing)} of {n_frames} frames are missing, like {missing[0]}: add windows")
@@ -245,9 +241,8 @@ def shortest_clip(stage) -> int:
 def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     """What a stage trains on: [(share, windows)], lists of windows and how often to draw from each.
 
-    They are the windows of plans for n_frames, a half and a quarter of it, as far as they fit; what differs
-    only by a shift counts once. "video" is all stages together. ValueError if none fits. The window that
-    starts a video is drawn often: it is the hardest, and all others build on it."""
+    They are the windows of plans for n_frames, a half and a quarter of it; equal but for a shift, they count
+    once. "video" is all stages. The window that starts a video is drawn often: all others build on it."""
     needed = shortest_clip(stage)
     if n_frames < needed:
         raise ValueError(f"no {stage} window fits in {n_frames} frames: train on clips of {needed} or more")
@@ -281,8 +276,8 @@ def share(n_frames, devices) -> list[int]:
 def assign(batches, work, devices) -> list[tuple[int | None, float]]:
     """Which device runs which batch, and when it ends: (device, end) for each, in the unit of `work`.
 
-    A batch is a list of windows. In list order each goes to the device that can start it first, once its
-    given frames exist. All devices share a joint window: its device is None."""
+    In list order each batch of windows goes to the device that can start it first, once its given frames
+    exist. All devices share a joint window: its device is None."""
     free, ready, places = [0] * devices, {}, []   # ready: frame -> when it exists
     for batch, cost in zip(batches, work):
         given = max(ready.get(frame, 0) for window in batch for frame in window.given)

@@ -13,7 +13,6 @@ The stages, in the order that makes a model from nothing (README.md has times an
 
 Read `denoising_loss` and the loop in `main` first. The rest serves them.
 """
-
 import argparse
 import csv
 import os
@@ -152,9 +151,8 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
 
 
 def vae_loss(model, batch, seed, args, part=slice(None)):
-    """How badly the VAE gives pictures (b, 3, H, W) back: Rombach et al. 2112.10752 without discriminator.
-
-    L1 of the picture, L1 of its differences between neighbours, which keeps edges sharp, and a little KL."""
+    """How badly the VAE gives pictures back: L1, L1 of the differences between neighbours, which keeps edges
+    sharp, and a little KL (Rombach et al. 2112.10752, without the discriminator)."""
     images = batch["images"]
     mean, log_variance = model.vae.moments(images[part])
     log_variance = log_variance.clamp(-30, 20)                # SD's bounds: exp() must not overflow
@@ -181,6 +179,8 @@ def main(argv=None):
         args.mixed_precision = "bf16" if real else "fp16"
     if args.dry_run:
         return dry_run(args, device, why)
+    if not (args.resume or args.score) and os.path.exists(os.path.join(args.out, "ckpt.pt")):
+        raise ValueError(f"{args.out} already holds a run: add --resume auto to go on, or give another --out")
     rank, world = processes("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
     part = batch_part(args, rank, world)
     model = prepare_model(args)
@@ -200,6 +200,7 @@ def main(argv=None):
     # in fp16 small gradients vanish: scale the loss up, by a factor that doubles until one overflows
     scaler = torch.amp.GradScaler(device.type, init_scale=512.0, growth_interval=2000,
                                   enabled=args.mixed_precision == "fp16")
+    scaler.scale(torch.zeros((), device=next(iter(masters.values())).device))   # makes the factor live there
     stage_loss = vae_loss if args.stage == "vae" else denoising_loss
     state = masters, ema, optimizer, scaler
     step, log = load_checkpoint(state, args, rank, world)
@@ -331,7 +332,7 @@ def prepare_data(args, model, split, device):
         frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
         path = os.path.join(os.path.dirname(args.out), "cache", f"{split}_{few}x{len(frames)}.safetensors")
         # latents depend on their VAE, so the key of the cache changes with its weights
-        key = f"{sum(p.double().abs().sum().item() for p in model.vae.parameters()):.6f}"
+        key = f"{sum(p.cpu().double().abs().sum().item() for p in model.vae.parameters()):.6f}"
         encode = lambda video: model.vae.encode(video.to(device)).cpu()
         clips = data.sky_clips(path, encode, worlds, frames, size, key)
     if args.stage == "image":
@@ -397,8 +398,7 @@ def averaged(ema, parameters):
 def validation_loss(model, batches, args, device):
     """{column of log.csv: loss}: the mean, and each quarter of the noise range (the VAE has none).
 
-    A training loss jumps with the levels it draws. Here batches, noise and levels are fixed, that of given
-    frames at 20, so that steps and runs can be compared."""
+    Batches, noise and levels are fixed (20 for given frames), so that steps and runs can be compared."""
     if args.stage == "vae":
         losses = [vae_loss(model, batch, i, args)[1].item() for i, batch in enumerate(batches)]
         return {"val_loss": sum(losses) / len(losses)}
@@ -451,8 +451,6 @@ def load_checkpoint(state, args, rank, world):
     """Put a run back where it was saved. Returns its step and its log: 0 and [] without --resume."""
     parameters, ema, optimizer, scaler = state
     path = os.path.join(args.out, "ckpt.pt") if args.resume in ("auto", None) else args.resume
-    if not args.resume and os.path.exists(path):
-        raise ValueError(f"{args.out} already holds a run: add --resume auto to go on, or give another --out")
     if not args.resume:
         return 0, []
     found = [torch.load(path, weights_only=True, map_location="cpu") if os.path.exists(path) else None]
@@ -466,10 +464,13 @@ def load_checkpoint(state, args, rank, world):
         if old != new:
             raise ValueError(f"{path} was made with {name} {old}, now it is {new}: give the old value, or "
                              "start anew in another --out")
+    if found["model"].keys() != parameters.keys():
+        raise ValueError(f"{path} holds other layers than model.py now has: start anew in another --out")
     copy_into(parameters, found["model"])
     copy_into(ema, found["ema"])
     optimizer.load_state_dict(found["optimizer"])
-    scaler.load_state_dict(found["scaler"])
+    if found["scaler"]:                                 # empty if the run was not in fp16
+        scaler.load_state_dict(found["scaler"])
     print(f"resumed {path} at step {found['step']}")
     return found["step"], found["log"]
 
@@ -498,6 +499,8 @@ def finish(model, args, minutes, val):
     path, lora = (os.path.join(args.out, f"{name}.safetensors") for name in ("weights", "lora"))
     recipe = {"stage": args.stage, "args": vars(args), "minutes": round(minutes, 1), "val_loss": val}
     about = {"stage": args.stage, "recipes": [*model.about.get("recipes", []), recipe]}
+    video, picture = args.stage in VIDEO_STAGES, lambda key: not is_temporal(key)
+    kept = {"vae": lambda key: key.startswith(PREFIXES["vae"]), "image": picture}.get(args.stage, is_temporal)
     if args.stage == "vae":
         with torch.no_grad():                 # measure what the other stages will see as latents
             device = next(model.vae.parameters()).device
@@ -505,11 +508,7 @@ def finish(model, args, minutes, val):
             z = torch.cat([model.vae.moments(part.to(device))[0] for part in pictures])
         mean, std = (tuple(moment.tolist()) for moment in (z.mean((0, 2, 3)), z.std((0, 2, 3))))
         model.config = replace(model.config, latent_mean=mean, latent_std=std)
-        save_weights(path, model, torch.float32, lambda key: key.startswith(PREFIXES["vae"]), **about)
-    elif args.stage == "image":
-        save_weights(path, model, torch.float32, lambda key: not is_temporal(key), **about)
-    else:
-        save_weights(path, model, only=is_temporal, **about)
+    save_weights(path, model, torch.float16 if video else torch.float32, kept, **about)
     print(f"wrote {path} and {args.out}/samples/final.png")
     if args.lora_rank:
         with complete(lora) as unfinished:
@@ -566,9 +565,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def dry_run(args, device, why, mode=FakeTensorMode):
-    """Print how much memory a video stage would take, and return the bytes at the peak.
-
-    A training step runs on tensors without content. Scratch memory of kernels is not counted."""
+    """Run a step of a video stage on tensors without content; print its memory, return the peak in bytes."""
     config, b = PRESETS[args.preset], args.batch_size
     f = max(len(window.frames) for _, windows in window_shapes(args.stage, args.frames) for window in windows)
     with mode():
@@ -578,7 +575,7 @@ def dry_run(args, device, why, mode=FakeTensorMode):
         trainable = freeze_the_rest(model, args)
         if args.optimizer_on_cpu:
             make_masters(trainable, "meta")
-        known = [*model.unet.parameters(), *model.unet.buffers()]      # VAE and text encoder: on the CPU
+        known = [*model.unet.parameters(), *model.unet.buffers()]   # VAE, text encoder: on the CPU, or tiny
         trained, size = sum(p.nbytes for p in trainable.values()), config.size // config.vae_factor
         batch = {"latents": torch.zeros(b, 4, f, size, size), "frames": torch.arange(f).repeat(b, 1),
                  "given": torch.zeros(b, f).bool(), "user": torch.zeros(b, f).bool(),
@@ -594,7 +591,7 @@ def dry_run(args, device, why, mode=FakeTensorMode):
     print(f"a step of {args.stage} on {device} ({why}), {b} x {f} frames, {args.mixed_precision}:")
     for name, size in parts.items():
         print(f"  {name:30} {size / 1e9:6.2f} GB")
-    print(f"predicted peak: {sum(parts.values()) / 1e9:.1f} GB, and about 1 GB for the driver and fragments")
+    print(f"predicted peak: {sum(parts.values()) / 1e9:.1f} GB, and about 1 GB for driver and fragments")
     return sum(parts.values())
 
 
@@ -603,8 +600,6 @@ def batch_part(args, rank, world):
     """The examples of each batch that this process computes. ValueError if so many cannot share a batch."""
     if args.pipeline and world % 2:
         raise ValueError(f"--pipeline takes pairs of processes, found {world}: torchrun --nproc_per_node=2")
-    if args.score and world > 1:
-        raise ValueError(f"--score runs in one process, found {world}: start it without torchrun")
     place, parts = (rank // 2, world // 2) if args.pipeline else (rank, world)
     if args.batch_size % parts:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared by {parts}: give a multiple")
@@ -622,14 +617,14 @@ def share_gradients(parameters, loss, args, world):
     dist.all_reduce(together)                                   # one long vector, one message
     *gradients, loss = (together / parts).split([*(p.numel() for p in parameters), 1])
     for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient.view_as(parameter)
+        parameter.grad = torch.empty_like(parameter).copy_(gradient.view_as(parameter))   # channels last too
     return loss.item()
 
 
 def pipeline_step(model, batch, seed, part, args, device, scaler):
     """GPipe by hand (Huang et al. 1811.06965): one process goes down the UNet, its peer up and to the loss.
 
-    While the second works on an example, the first makes the next; each keeps half of the activations.
+    While the second works on an example, the first makes the next; each keeps half of the activations, and
     `share_gradients` adds up both halves. Returns the loss, 0 in the first process."""
     unet, kept, mail, total = model.unet, [], [], 0.0
     first, peer = dist.get_rank() % 2 == 0, dist.get_rank() ^ 1
@@ -666,11 +661,10 @@ def pipeline_step(model, batch, seed, part, args, device, scaler):
 
 
 def start_profile(args):
-    """Watch steps 4 to 6; then write trace.json, and print what took the time."""
+    """Watch steps 4 to 6; print what took the time, and write trace.json for ui.perfetto.dev."""
     def show(trace):
         trace.export_chrome_trace(f"{args.out}/trace.json")
         print(trace.key_averages().table("cpu_time_total", row_limit=16, max_name_column_width=32))
-        print(f"wrote {args.out}/trace.json: open it in ui.perfetto.dev or chrome://tracing")
 
     steps = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
     profiler = torch.profiler.profile(schedule=steps, on_trace_ready=show)
