@@ -411,7 +411,7 @@ def write_frames(args, sampler, store, pictures):
 
 
 def write_video(folder, n_frames, fps):
-    """video.mp4, video.gif and video.webp (of the first 241 frames, all of which they hold), and sheet.png."""
+    """video.mp4, sheet.png, and video.gif and video.webp, whose writers hold all frames: of the first 241."""
     pixels = read_frames(folder, range(min(n_frames, 241)))
     for name in ("video.gif", "video.webp"):
         with complete(os.path.join(folder, name)) as path:

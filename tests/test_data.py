@@ -41,30 +41,24 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
     assert not any(picture[key].any() for key in ("frames", "given", "user"))
 
 
-def test_windows_are_drawn_as_often_as_their_share_says(tmp_path):
-    """Three times as often from a list with three times the share, whatever the number of windows in it."""
-    often = [Window((0, 1, 2), (1,), "interp", 0, ())]
-    seldom = [Window((0, 1, n), (1,), "interp", 0, ()) for n in (5, 6, 7, 8)]
-    drawn = clips(tmp_path, worlds=1).windows([(3, often), (1, seldom)], 0, 0, 2000)["frames"][:, 2]
-    assert abs((drawn == 2).float().mean() - 0.75) < 0.03 and all((drawn == n).any() for n in (5, 6, 7, 8))
-
-
-def test_windows_are_cut_at_the_distances_of_the_plan_wherever_they_fit():
-    """Every clip that can hold a window is drawn from, at every place, and no other clip."""
+def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
+    """However many windows a list holds. Clips too short for a window are never drawn, nor scored."""
     source = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), caption=lambda i, place: str(i),
                         read=lambda i, places: (100 * i + places).float()[None, :, None, None])
-    windows = [Window((0, 2, 8), (2,), "interp", 1, (0,)), Window((3, 5, 11), (5,), "interp", 0, ())]
-    user, seen = {0: [True, False, False], 3: [True, False, True]}, set()
-    for step in range(60):
-        batch = source.windows([(1, windows)], 0, step, 2)
-        for i, (first, *_) in enumerate(batch["frames"].tolist()):
-            start, *others = batch["latents"][i, 0, :, 0, 0].tolist()
-            seen.add((first, start))
-            assert others == [start + 2, start + 8] and batch["user"][i].tolist() == user[first]
-            assert batch["given"][i].tolist() == [True, False, True]
-    assert seen == {(first, start) for first in (0, 3) for start in (100, 200, 201, 202, 203)}
+    often = [Window((0, 2, 8), (2,), "interp", 1, (0,))]
+    seldom = [Window((n, n + 2, n + 8), (n + 2,), "interp", 0, ()) for n in (3, 4, 5, 6)]
+    batch = source.windows([(3, often), (1, seldom)], 0, 0, 2000)
+    frames, places = batch["frames"], batch["latents"][:, 0, :, 0, 0]
+    assert ((places - frames) == (places - frames)[:, :1]).all()
+    assert abs((frames[:, 0] == 0).float().mean() - 0.75) < 0.03
+    drawn = {(row[0], place[0]) for row, place in zip(frames.tolist(), places.tolist())}
+    assert drawn == {(first, place) for first in (0, 3, 4, 5, 6) for place in (100, 200, 201, 202, 203)}
+    for first, given, user in zip(frames[:, 0], batch["given"].tolist(), batch["user"].tolist()):
+        assert given == [True, False, True] and user == [True, False, first > 0]   # by the depth of the window
     with pytest.raises(ValueError, match="over 21 frames fits in no clip, the longest has 12"):
         source.windows([(1, [Window((0, 20), (20,), "starter", 0, ())])], 0, 0, 1)
+    scored = dict(data.scoring_batches(source, [(1, often + seldom)]))
+    assert list(scored) == ["b", "c"] and torch.equal(scored["b"]["frames"], scored["c"]["frames"])
 
 
 def test_reading_ahead_leaves_the_loop_its_threads():
@@ -154,9 +148,11 @@ def test_a_phone_clip_stands_upright_and_wide_pixels_are_wide(tmp_path):
     """Red left of blue, filmed with the phone on its side: one above the other, in the middle square."""
     pixels = np.zeros((20, 64, 96, 3), np.uint8)
     pixels[:, :, :48, 0] = pixels[:, :, 48:, 2] = 255
-    encode(tmp_path / "v" / "phone.mp4", "-metadata:s:v", "rotate=90", pixels=pixels)
+    encode(tmp_path / "flat.mp4", pixels=pixels)
     pixels[:, :, 40:56] = 255                                       # 16 of 64 rows: 32 wide as they are shown
     encode(tmp_path / "v" / "wide.mp4", "-vf", "setsar=2", pixels=pixels)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "flat.mp4", "-c", "copy", "-metadata:s:v",
+                    "rotate=90", tmp_path / "v" / "phone.mp4"], check=True)
     prepare(tmp_path / "v", tmp_path / "out")
     phone, wide = (frames_of(tmp_path / "out", f"{name}.mp4/000")[:, 0] for name in ("phone", "wide"))
     above, below = phone[:, :24].mean((1, 2)) > 0.8, phone[:, 40:].mean((1, 2)) > 0.8
@@ -217,23 +213,6 @@ def test_planted_faults_are_found_and_nothing_else_is(tmp_path):
         f"dropped_{reason}.png": 8 * 96 for reason in ("duplicate", "frozen", "short")}
 
 
-def test_killed_in_the_middle_and_run_again_is_as_if_never_killed(tmp_path):
-    """The files are the same, byte for byte, as of an undisturbed run."""
-    v, whole, cut = tmp_path / "v", tmp_path / "whole", tmp_path / "cut"
-    for seed in range(6):
-        encode(v / f"{seed}.mp4", pixels=sky(seed, 60))
-    prepare(v, whole)
-    with subprocess.Popen([sys.executable, data.__file__, "--prepare", v, "--out", cut],
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
-        while not list(cut.glob("clips/*.mp4")):
-            time.sleep(0.002)
-        program.kill()
-    with pytest.raises(ValueError, match="not finished"):
-        data.read_clips(cut)
-    prepare(v, cut)
-    assert tree(whole) == tree(cut)
-
-
 # --- a prepared folder --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -241,18 +220,32 @@ def prepared(tmp_path_factory, small_weights):
     """A folder of six prepared clips of 40 frames, encoded with the small weights."""
     root = tmp_path_factory.mktemp("videos")
     for seed in range(6):
-        encode(root / f"{seed}.mp4", pixels=sky(seed))
-        (root / f"{seed}.txt").write_text(f"world {seed}")
-    prepare(root, root / "out")
+        encode(root / "v" / f"{seed}.mp4", pixels=sky(seed))
+        (root / "v" / f"{seed}.txt").write_text(f"world {seed}")
+    prepare(root / "v", root / "out")
     data.cache(str(root / "out"), small_weights)
     return root / "out"
+
+
+def test_killed_in_the_middle_and_run_again_is_as_if_never_killed(tmp_path, prepared):
+    """The files are the same, byte for byte, as of an undisturbed run."""
+    with subprocess.Popen([sys.executable, data.__file__, "--prepare", prepared.parent / "v", "--out", tmp_path],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+        while not list(tmp_path.glob("clips/*.mp4")):
+            time.sleep(0.002)
+        program.kill()
+    with pytest.raises(ValueError, match="not finished"):
+        data.read_clips(tmp_path)
+    prepare(prepared.parent / "v", tmp_path)
+    whole = {name: content for name, content in tree(prepared).items() if name[:5] not in ("cache", "sheet")}
+    assert tree(tmp_path) == whole
 
 
 def test_other_settings_are_refused_and_new_sources_join(tmp_path, prepared):
     """Frames of two sizes never meet in one folder; what is there is not touched."""
     folder = shutil.copytree(prepared, tmp_path / "copy")
     with pytest.raises(ValueError, match="'size': 64.*'size': 128"):
-        prepare(prepared.parent, folder, "--size", "128")
+        prepare(prepared.parent / "v", folder, "--size", "128")
     before = tree(folder / "clips" / "2.mp4")
     encode(tmp_path / "more" / "new.mp4", pixels=sky(5))
     _, dropped = prepare(tmp_path / "more", folder)
@@ -314,13 +307,6 @@ def test_check_says_what_training_will_find(prepared, capsys):
     assert "6 clips; 240 frames, 40 in the longest" in said
     assert f"extrap 19 {len(windows)} 6 {places}" in " ".join(said.split())
     assert (prepared / "sheet.png").exists()
-
-
-def test_every_clip_is_scored_on_the_same_windows(tmp_path):
-    """The same frames of the plan for all, so that only the clip makes the difference."""
-    source = clips(tmp_path)
-    batches = dict(data.scoring_batches(source, window_shapes("interp", 121)))
-    assert list(batches) == source.names and len({str(batch["frames"]) for batch in batches.values()}) == 1
 
 
 def test_the_hardest_clips_are_listed_by_their_ranks(tmp_path):
