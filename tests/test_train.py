@@ -265,7 +265,8 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, tr
     (one_step / "strange").write_text("not there\n")
     paths = {name: one_step / name for name in (
         "strange", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")} | {"own": own_clips}
-    flags = {"max_steps": 1} | {key: paths.get(value, value) for key, value in change.items()}
+    out = one_step / ("interp" if not change or "resume" in change else "new")
+    flags = {"max_steps": 1, "out": out} | {key: paths.get(value, value) for key, value in change.items()}
     with pytest.raises(ValueError, match=words):
         train.main(train_argv(one_step, **flags))
     assert (one_step / "interp" / "ckpt.pt").read_bytes() == before
