@@ -6,7 +6,7 @@
     python data.py --drop_hardest 0.1 --scores A.csv --out drop.txt    list clips that cannot be learned
     python data.py --preview sheet.png            draw six sky worlds
 
-A batch is a dict: latents (b, 4, f, h, w); frames (b, f), their indices in the video; given (b, f), which of
+A batch is a dict: latents (b, 4, f, h, w); frames (b, f), their numbers in the plan; given (b, f), which of
 them exist already; user (b, f), which of those the user gave; captions, a list of b; and context (b, 77, d),
 if the text embeddings are cached. A batch is a pure function of (seed, step), so a resumed run sees what an
 uninterrupted run would have seen.

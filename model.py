@@ -248,7 +248,7 @@ class UNet(nn.Module):
         x        latents (b, c, f, h, w)
         t        noise levels (b, f)
         context  text embeddings (b, 77, d)
-        frames   absolute frame indices (b, f), default 0, 1, 2 ...
+        frames   frame numbers (b, f), of which only differences matter; default 0, 1, 2 ...
         given    (b, f) bool: which frames are given, default none
         with_prior  return the prior and the warped latents too, (b, 4, f, h, w) each: they have a loss
         clips    a `ClipParallel`, if processes share a window; x, t, frames and given are this process's"""
@@ -408,7 +408,7 @@ def look_around(embed, x, t, context, frames, given, clips):
 
 
 class MotionPrior(nn.Module):
-    """A guess at each frame: what its nearest given frames show, each moved to where it would be by now."""
+    """A guess at each frame: the given frames beside it, moved to where things are now, and their cubic."""
     def __init__(self, emb_dim, width=64, reach=(2, 6)):
         super().__init__()
         self.reach, self.size = reach, tuple(2 * r + 1 for r in reach)
@@ -432,20 +432,21 @@ class MotionPrior(nn.Module):
         x = F.silu(x * (1 + gains[0]) + shifts[0])
         for conv, gain, shift in zip(self.convs, gains[1:], shifts[1:]):
             x = x + F.silu(conv(x) * (1 + gain) + shift)
-        speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")
+        speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")               # 0.05: a fast wind
         limit = self.offsets.amax(0).view(2, 1, 1) + 0.5
         origin = torch.clamp(-speed * window.since[..., None, None, None], -limit, limit)  # (n, 2, yx, h, w)
-        squared = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)     # of the distance
+        squared = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)
+        # a weight for each place around there in both given frames: the nearer, in space and time, the more
         logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2)
         logits = logits - self.sharpness * squared + window.share.clamp(1e-30).log()[..., None, None, None]
         weights = logits.flatten(1, 2).softmax(dim=1)                                      # (n, 2 taps, h, w)
         rows = torch.arange(-self.reach[0], h + self.reach[0], device=x.device).clamp(0, h - 1)
-        columns = torch.arange(-self.reach[1], w + self.reach[1], device=x.device) % w    # a sky goes around
+        columns = torch.arange(-self.reach[1], w + self.reach[1], device=x.device) % w    # skies go around
         sides = rearrange(window.hint[:, :8], "n (side c) h w -> (n side) c h w", c=4)
         around = F.unfold(sides[:, :, rows[:, None], columns], self.size)
         around = rearrange(around, "(n side) (c k) (h w) -> n c (side k) h w", n=n, c=4, h=h)
         moved = (around * weights[:, None]).sum(2)                                         # (n, 4, h, w)
-        whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)
+        whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)             # one light per frame
         gain, shift, of_frame = self.to_light(whole).split((16, 4, 4), dim=1)
         correction, mixture, log_std = self.to_rest(x).chunk(3, dim=1)
         moved = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]

@@ -1,12 +1,8 @@
-"""Run: python -m pytest -q tests/test_convert.py
-
-Checkpoints are made here: SD1.5's names, from fixtures/, on the narrow networks of oracle_weights.py ("mini").
-"""
+"""pytest tests/test_convert.py: SD1.5's names, from fixtures/, on the narrow networks of oracle_weights.py."""
 
 import gzip
 import hashlib
 import json
-import os
 import pickle
 import random
 import runpy
@@ -37,6 +33,7 @@ for part, key, ldm in (    # mini grows at other levels than SD1.5, so it has th
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 MERGES = [CLIP["merges"][str(i)] for i in range(MINI.vocabulary - 514)]   # CLIP's first 86
 CONV_IN, BIAS = UNET + "input_blocks.0.0.weight", UNET + "out.2.bias"
+MASK = torch.ones(32, 5, 3, 3)    # inpainting: a mask and a masked picture follow the noisy latents
 TO_K = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
@@ -57,8 +54,7 @@ def weights(model):
 @pytest.fixture
 def mini(weights):
     """A checkpoint like v1-5-pruned-emaonly.safetensors, which holds more than weights."""
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
-    return {**weights, "betas": betas, "alphas_cumprod": (1 - betas).cumprod(0),
+    return {**weights, "betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),
             TEXT + "embeddings.position_ids": torch.arange(77)[None], "model_ema.decay": torch.tensor(0.9999),
             "model_ema.num_updates": torch.tensor(840000)}
 
@@ -113,7 +109,6 @@ def bare(mini, prefix):
 def assert_same(got, expected):
     """`got` is a dict of tensors or a model, whose temporal layers do not count."""
     got = got.state() if isinstance(got, Model) else got
-    assert expected.keys() <= got.keys()
     assert all(torch.equal(got[key].float(), expected[key]) for key in expected)
 
 
@@ -123,8 +118,6 @@ def assert_refused(path, model, message, **options):
         C.convert(str(path), model, **options)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
-
-# --- what comes in comes out ------------------------------------------------------------------------------
 
 def test_every_diffusers_name_of_sd15_becomes_sds_own():
     """Each becomes a name of its own, at full size; the rest of SD's file is ignored by name."""
@@ -150,15 +143,12 @@ def test_a_single_file_becomes_one_file_of_ours(command, mini, weights, tmp_path
     assert model.config == MINI and model.tokenizer.merges == MERGES
 
 
-INPAINTING = torch.ones(32, 5, 3, 3)    # of the input: a mask and a masked picture, after the noisy latents
-
-
 @pytest.mark.parametrize("make, found", (
     (lambda path, mini: torch.save({"epoch": 3, "state_dict": {"state_dict": mini}}, path), "single file"),
     (lambda path, mini: torch.save({"state_dict": mini}, path, _use_new_zipfile_serialization=False), ""),
     (lambda path, mini: save_file({k.replace(".text_model.", "."): t for k, t in mini.items()}, path), ""),
     (lambda path, mini: write_folder(path, mini, old=True), "diffusers folder"),
-    (lambda path, mini: save_file({**mini, CONV_IN: torch.cat([mini[CONV_IN], INPAINTING], 1)}, path),
+    (lambda path, mini: save_file({**mini, CONV_IN: torch.cat([mini[CONV_IN], MASK], 1)}, path),
      "inpainting: kept the first 4 of 9 input channels"),
 ), ids=("ckpt", "ckpt before 2020", "merged file", "folder before mid-2023", "inpainting"))
 def test_every_layout_gives_the_same_weights(model, mini, weights, tmp_path, make, found):
@@ -218,14 +208,11 @@ def test_the_vae_of_another_file_replaces_the_checkpoints_own(model, mini, weigh
     assert_same(model, weights)
 
 
-# --- what is refused --------------------------------------------------------------------------------------
-
 def test_tensors_that_do_not_fit_are_named(model, mini, tmp_path):
     """All of them in one sentence: missing, left over, of another shape, there under two names."""
     vae, path = bare(mini, VAE), written(tmp_path / "sd.safetensors", mini)
     del vae["quant_conv.bias"]
-    vae = str(written(tmp_path / "vae.safetensors", vae))
-    assert_refused(path, model, f"lacks {VAE}quant_conv.bias: nothing", vae=vae)
+    assert_refused(path, model, f"lacks {VAE}quant_conv.bias: nothing", vae=str(written(tmp_path / "vae", vae)))
     mini["betas.typo"] = mini.pop(BIAS)
     mini[CONV_IN] = torch.zeros(32, 8, 3, 3)
     mini["cond_stage_model.transformer.final_layer_norm.bias"] = torch.zeros(32)
@@ -249,9 +236,7 @@ def test_other_kinds_of_models_are_refused_by_name(model, mini, tmp_path, make, 
 
 class Code(tuple):
     """A call (function, argument) that a hostile checkpoint makes when it is loaded."""
-
-    def __reduce__(self):
-        return self[0], self[1:]
+    __reduce__ = lambda self: (self[0], self[1:])
 
 
 ENDLESS = {"a": torch.zeros(1)}
@@ -262,7 +247,7 @@ BAD_FILES = {   # bytes, or an object to pickle
     "HTML page": (b"\n<!DOCTYPE html><html>sign in</html>", "web page"),
     "damaged safetensors": (b"\x02" + bytes(7) + b"{", "truncated or damaged"),
     "damaged pickle": (b"\x80\x02\xff\xff", "truncated or damaged"),
-    "code": ({"state_dict": {"a": Code((os.system, "echo ran"))}}, r"to run posix\.system"),
+    "code": ({"state_dict": {"a": Code((print, "ran"))}}, r"to run \S*print"),
     "bare code": (pickle.dumps(Code((print, "ran")), 2), r"to run \S*print"),
     "numpy": (Code((np.fromfile, "x")), r"to run numpy\.fromfile"),
     "a list": ([1, 2], "damaged .*'list'"),
@@ -272,7 +257,6 @@ BAD_FILES = {   # bytes, or an object to pickle
 
 @pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
 def test_bad_files_are_refused_and_their_code_never_runs(model, tmp_path, capfd, content, message):
-    """By what they are, whatever their name says."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert_refused(path, model, message)
@@ -324,8 +308,6 @@ def test_a_damaged_file_is_refused_in_one_sentence_or_harmless(model, mini, smal
             refused += 1
     assert refused >= 15
 
-
-# --- LoRA -------------------------------------------------------------------------------------------------
 
 def test_a_lora_changes_exactly_its_layers(tmp_path):
     """By scale · alpha/rank · up·down: every linear layer and conv, by kohya's names."""
