@@ -27,8 +27,7 @@ import data  # noqa: E402
 import sample  # noqa: E402
 from model import checksum  # noqa: E402
 
-COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "aug", "weights",
-            "temporal")
+COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "aug", "weights", "temporal")
 BASELINES = ("VAE round trip", "copy first frame", "blend true ends")
 SPANS = ((1, 8), (30, 43), (60, 73), (108, 121), (228, 241), (468, 481))    # of frames, for the PSNR
 
@@ -102,8 +101,7 @@ def measure(video, truth, world, plan):
     The numbers: drift of the colours (of 255) and of the sharpness (in bits) from the first 15 % of frames to
     the last; flicker over the truth's, everywhere and at boundaries; speed; persistence; PSNR in dB."""
     video, truth = (video + 1) / 2, (truth + 1) / 2
-    n = video.shape[1]
-    part = max(1, round(0.15 * n))
+    n, part = video.shape[1], max(1, round(0.15 * video.shape[1]))
     drift = lambda values: (values[-part:].mean() - values[:part].mean()).item()
     colour = 255 * (sample.statistics(video) - sample.statistics(truth)).abs().mean(1)
     sharp = (sample.sharpness(video).clamp(min=1e-9) / sample.sharpness(truth)).log2()
@@ -211,7 +209,7 @@ def write(args, cells, measured):
     print("\n\n".join(parts))
     data.write_whole(os.path.join(args.out, "table.md"), "\n\n".join(parts) + "\n")
     sheet = data.contact_sheet([strip[None] for strip in strips.values()], 1, list(strips))
-    sheet.save(os.path.join(args.out, "sheet.png"))
+    sheet.save(f"{args.out}/sheet.png")
     for key, title in {"colour": "colour error of 255", "sharp": "sharpness less that of the truth in bits",
                        "psnr": "PSNR in dB"}.items():
         errors = {name: [world["errors"][key][1:] for world in measured[cell.frames][name][1]]
@@ -223,13 +221,15 @@ def write(args, cells, measured):
 
 def main(argv=None):
     """The command line of tests/evaluate.py."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("lists", nargs="*", metavar="FLAG=VALUE,...", help=f"of {', '.join(COMPARED)}")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="evaluate.py [FLAG=VALUE,... ...] [flags]", allow_abbrev=False)
     p.add_argument("--worlds", type=int, default=64, help="try 8 first (default: 64)")
     p.add_argument("--split", default="test", choices=("val", "test"), help="choose settings on val")
-    p.add_argument("--out", default=os.path.join("out", "evaluate"), help="(default: out/evaluate)")
-    args, flags = p.parse_known_args(argv)
-    cells = combinations(args.lists or ["schedule=hierarchical,autoregressive"], flags)
+    p.add_argument("--out", default="out/evaluate", help="(default: out/evaluate)")
+    argv = sys.argv[1:] if argv is None else argv
+    lists = [word for before, word in zip(["", *argv], argv) if "=" in word and "--" not in before + word]
+    args, flags = p.parse_known_args([word for word in argv if word not in lists])
+    cells = combinations(lists or ["schedule=hierarchical,autoregressive"], flags)
     measured = {}   # {frames: {name: (folder, results)}}, baselines first
     for name, cell in cells.items():
         if cell.keyframes or cell.loop or cell.prompts or cell.image or cell.resume:
