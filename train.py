@@ -105,6 +105,8 @@ def parse(argv):
             raise ValueError(f"--{name} is for video stages, found --stage {args.stage}: leave --{name} out")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give the folder as --data")
+    if not (args.resume or args.score or args.dry_run) and os.path.exists(f"{args.out}/ckpt.pt"):
+        raise ValueError(f"{args.out} already holds a run: add --resume auto to go on, or give another --out")
     return args
 
 
@@ -175,12 +177,10 @@ def main(argv=None):
     args = parse(argv)
     device, why = choose_device(args.device)
     if args.mixed_precision == "auto":                        # emulated bf16 is slower than fp16
-        real = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        args.mixed_precision = "bf16" if real else "fp16"
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        args.mixed_precision = "fp16" if emulated or device.type == "mps" else "bf16"
     if args.dry_run:
         return dry_run(args, device, why)
-    if not (args.resume or args.score) and os.path.exists(os.path.join(args.out, "ckpt.pt")):
-        raise ValueError(f"{args.out} already holds a run: add --resume auto to go on, or give another --out")
     rank, world = processes("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
     part = batch_part(args, rank, world)
     model = prepare_model(args)
