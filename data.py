@@ -363,7 +363,7 @@ def cache(folder, weights):
             with complete(path) as unfinished:
                 save_file(tensors, unfinished, metadata={"about": note})
             made += 1
-    print(f"{made} of {len(clips)} clips encoded, the others were there; latents in {folder}/cache")
+    print(f"{made} of {len(clips)} clips needed encoding; latents in {folder}/cache")
     return made
 
 

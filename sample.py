@@ -360,7 +360,7 @@ def prepare(args, rank=0, world=1):
     sampler = Sampler(model, args, device, layers, rank, world)
     sampler.levels(args.steps)   # says so if there cannot be so many
     aug = describe_noise_level(sampler.aug, sampler.schedule)
-    print(f"device: {device} ({why}); noise on given frames that the model made: {aug}")
+    print(f"device: {device} ({why}); noise augmentation of given frames: {aug}")
     return sampler
 
 

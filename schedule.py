@@ -309,7 +309,7 @@ def main(argv=None):
         raise SystemExit(str(error))
     print(f"{show(plan, args.frames)}\n{args.schedule}: {costs(plan)}")
     times = ", ".join(f"{makespan(plan, devices):g}" for devices in (1, 2, 4, 8))
-    print(f"makespan on 1, 2, 4, 8 devices: {times} windows")
+    print(f"makespan on 1, 2, 4, 8 processes: {times} windows")
 
 
 if __name__ == "__main__":
