@@ -38,13 +38,17 @@ def small_config():
                    temporal_emb_dim=32, vae_widths=(16, 16), text_width=32, text_layers=1, text_heads=2)
 
 
-@pytest.fixture(scope="session")
-def small_weights(small_config, tmp_path_factory):
+def random_weights(config, folder):
     """A weights file with random numbers in it, temporal layers at the identity."""
     torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("weights") / "small.safetensors")
-    save_weights(path, Model.build(small_config), torch.float32, stage="image")
-    return path
+    save_weights(str(folder / "image.safetensors"), Model.build(config), torch.float32, stage="image")
+    return str(folder / "image.safetensors")
+
+
+@pytest.fixture(scope="session")
+def small_weights(small_config, tmp_path_factory):
+    """Those of the small model."""
+    return random_weights(small_config, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +72,8 @@ def little_config(small_config):
 
 @pytest.fixture(scope="session")
 def little_weights(little_config, tmp_path_factory):
-    """Its weights, random, temporal layers at the identity."""
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("weights") / "little.safetensors")
-    save_weights(path, Model.build(little_config), torch.float32, stage="image")
-    return path
+    """Those of the little model."""
+    return random_weights(little_config, tmp_path_factory.mktemp("little"))
 
 
 @pytest.fixture(scope="session")
