@@ -515,7 +515,7 @@ def finish(model, args, minutes, val):
             save_file(lora_tensors(model), unfinished)
     if args.export:
         whole = load_weights(args.weights)    # its frozen layers: here they may be in half precision
-        fill(whole, read_weights(path)[3], path, only=is_temporal)
+        fill(whole, model.state(), path, only=is_temporal)
         if args.lora_rank:
             merge_lora(whole, lora)
         save_weights(args.export, whole, **about)

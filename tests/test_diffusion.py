@@ -3,7 +3,6 @@
 fixtures/schedule.safetensors holds what reference implementations of SD1.x gave in float64: the schedule,
 time steps, single DDIM steps, and DDIM walks with a formula for the network.
 """
-import math
 from itertools import combinations
 from pathlib import Path
 
