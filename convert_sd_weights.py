@@ -13,13 +13,12 @@ import gzip
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import PREFIXES, PRESETS, Model, Tokenizer, is_temporal, read_weights, save_weights
+from model import PREFIXES, PRESETS, Model, Tokenizer, is_temporal, save_weights
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 # files hold more than weights: noise schedule, positions, training state, parts of CLIP that SD never uses
@@ -207,19 +206,15 @@ def convert(path, model, vae=None, ema=False):
 
 # --- writing ----------------------------------------------------------------------------------------------
 def write(path, model, **about):
-    """Write our file, without temporal layers, read it back and check it. Only then does it get its name."""
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder) as unchecked:
-        file = os.path.join(unchecked, name)
-        save_weights(file, model, only=lambda name: not is_temporal(name), **about)
-        tensors = read_weights(file)[3]
-        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{', '.join(broken)} would not be finite in float16: give another checkpoint")
-        for part, prefix in PREFIXES.items():
-            count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
-            print(f"{part:4} {count:>11,} parameters, all finite: OK")
-        os.replace(file, path)
+    """Write our file, in float16 and without temporal layers. ValueError if a number is not finite there."""
+    tensors = {name: tensor for name, tensor in model.state().items() if not is_temporal(name)}
+    if broken := [name for name, tensor in tensors.items() if not tensor.half().isfinite().all()]:
+        raise ValueError(f"{', '.join(broken)} would not be finite in float16: give another checkpoint")
+    for part, prefix in PREFIXES.items():
+        count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
+        print(f"{part:4} {count:>11,} parameters, all finite: OK")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    save_weights(path, model, only=tensors.__contains__, **about)
 
 
 # --- LoRA: low-rank changes to many weights ---------------------------------------------------------------
