@@ -13,6 +13,7 @@ Papers, by arXiv number: DDPM 2006.11239, DDIM 2010.02502, v-prediction 2202.005
 """
 import math
 
+import numpy as np
 import torch
 
 T = 1000
@@ -32,20 +33,16 @@ def make_alpha_bar(beta_start, beta_end, zero_terminal_snr):
     return alpha_bar.float()
 
 
-def pick(alpha_bar, t):
-    """ᾱ_t, shaped like t; 1 where t is negative."""
-    # Plain indexing would read t = -1 as the last entry: the noisiest level instead of none.
-    return torch.where(t < 0, 1.0, alpha_bar[t.clamp(min=0)])
-
-
 def at(alpha_bar, t, x):
-    """ᾱ_t shaped to multiply x: (b, 1, 1, ...) for t (b,), (b, 1, f, 1, 1) for t (b, f).
+    """ᾱ_t, 1 where t < 0, shaped to multiply x: (b, 1, 1, ...) for t (b,), (b, 1, f, 1, 1) for t (b, f).
 
     Always float32, so half-precision latents turn into float32: in half, 1 − ᾱ has no digits left."""
+    # plain indexing would read t = -1 as the last entry: the noisiest level instead of none
+    abar = torch.where(t < 0, 1.0, alpha_bar[t.clamp(min=0)])
     if t.shape == x.shape[:1]:
-        return pick(alpha_bar, t).view(-1, *[1] * (x.ndim - 1))
+        return abar.view(-1, *[1] * (x.ndim - 1))
     if x.ndim == 5 and t.shape == (x.shape[0], x.shape[2]):
-        return pick(alpha_bar, t)[:, None, :, None, None]
+        return abar[:, None, :, None, None]
     raise ValueError(f"t has shape {tuple(t.shape)} and x {tuple(x.shape)}: expected t (b,), one level for "
                      "each image or video, or t (b, f), one for each frame of x (b, c, f, h, w)")
 
@@ -92,7 +89,7 @@ class NoiseSchedule:
 
 
 def precondition(schedule, output, x_t, t, mean, std):
-    """Combine the network's output with a prior N(mean, std²) of the clean frame, `MotionPrior` in model.py.
+    """Combine the network's output with a prior N(mean, std²) of the clean frame, `FlowPrior` in model.py.
 
     These are EDM's c_skip and c_out (table 1) around a prior: v_prior is the best v without a network, and
     std/√variance the size of its error. mean 0, std 1 return the output itself; std -> 0 returns the prior.
@@ -161,26 +158,16 @@ def guide(cond, uncond, scale):
     return uncond + scale * (cond - uncond)
 
 
-def mix(word):
-    """A bijection of 32-bit words that scatters neighbours (MurmurHash3's fmix32)."""
-    word &= 0xFFFFFFFF
-    word = (word ^ word >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    word = (word ^ word >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return word ^ word >> 16
-
-
-def frame_noise(seed, frame, shape, kind="start"):
+def frame_noise(seed, frame, shape, kind="start", step=0):
     """Standard normal noise of one frame, a function of its arguments and nothing else: float32 on the CPU.
 
     So a video does not depend on batches, the order of windows or devices, and all windows that are given a
-    frame see the same noisy copy. kind: "start" for new frames, "aug" for augmentation of given ones."""
-    # torch's CPU generator keeps only the low 32 bits of its seed. Ordinary hashes that short would soon
-    # repeat within a long video; bijections of (frame, kind), mixed with a hash of the seed, never do.
-    word = 0x9E3779B9
-    for shift in range(0, seed.bit_length() + 1, 32):   # + 1 for the sign: -1 and 2**32 - 1 differ
-        word = mix(word ^ seed >> shift)
-    generator = torch.Generator().manual_seed(mix(word ^ mix(2 * frame + {"start": 0, "aug": 1}[kind])))
-    return torch.randn(shape, generator=generator)
+    frame see the same noisy copy. kind: "start" for new frames, "aug" for augmentation of given ones, "fresh"
+    for what a step of the sampler adds."""
+    kind = ("start", "aug", "fresh").index(kind)
+    # torch's CPU generator keeps 32 bits of a seed: two frames would soon share one; numpy's mixes all this
+    generator = np.random.default_rng([frame, kind, step, seed < 0, abs(seed)])
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 # --- units of noise ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import argparse
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 STAGES = ("starter", "extrap", "interp")
@@ -37,7 +38,6 @@ class Window:
     new: tuple[int, ...]      # the ones this window makes
     stage: str                # starter: from one frame | extrap: beyond the given ones | interp: between them
     depth: int                # 0 reads only the user's frames; windows of equal depth are independent
-    deps: tuple[int, ...]     # the windows that make its given frames, as indices into the plan
 
     @property
     def given(self) -> tuple[int, ...]:
@@ -63,15 +63,14 @@ class Window:
 
 
 def build(steps) -> list[Window]:
-    """Turn (given, new) pairs, in an order in which they can run, into windows with stage, depth and deps."""
-    plan, maker = [], {}   # maker: frame -> index of the window that makes it
+    """Turn (given, new) pairs, in an order in which they can run, into windows with stage and depth."""
+    plan, depths = [], {}   # depths: frame -> depth of the window that makes it
     for given, new in steps:
         between = min(given) < min(new) and max(new) < max(given)
         stage = "starter" if len(given) == 1 else "interp" if between else "extrap"
-        deps = tuple(sorted({maker[frame] for frame in given if frame in maker}))
-        depth = 1 + max((plan[dep].depth for dep in deps), default=-1)
-        maker.update((frame, len(plan)) for frame in new)
-        plan.append(Window(tuple(sorted({*given, *new})), tuple(sorted(new)), stage, depth, deps))
+        depth = 1 + max(depths.get(frame, -1) for frame in given)
+        depths.update((frame, depth) for frame in new)
+        plan.append(Window(tuple(sorted({*given, *new})), tuple(sorted(new)), stage, depth))
     return plan
 
 
@@ -101,11 +100,6 @@ def hierarchical(n_frames: int, given=(0,), max_stride: int = 16, one_window=Fal
     return build(steps)
 
 
-def joint(n_frames: int, given=(0,), max_stride: int = 16) -> list[Window]:
-    """Like hierarchical, with all keyframes in one window: with max_stride 1 the whole video."""
-    return hierarchical(n_frames, given, max_stride, one_window=True)
-
-
 def autoregressive(n_frames: int) -> list[Window]:
     """Make 6 frames from frame 0, then 12 more at a time: three keyframes ahead, then the gaps between them
     (lxj616's blog, 2023-07-09). It makes up to 11 frames beyond the video."""
@@ -120,7 +114,9 @@ def autoregressive(n_frames: int) -> list[Window]:
     return build(steps)
 
 
+joint = partial(hierarchical, one_window=True)   # with max_stride 1 the window is the whole video
 PLANNERS = {"hierarchical": hierarchical, "autoregressive": autoregressive, "joint": joint}
+FIRST_FRAME = Window((0,), (0,), "starter", 0)   # a picture from its prompt alone: no plan has this window
 
 
 def user_frames(n_frames, given) -> list[int]:
@@ -202,14 +198,9 @@ def costs(plan) -> str:
     return f"{len(plan)} windows, depth {depth}, {evaluations} frame evaluations per denoising step"
 
 
-def length(plan, n_frames) -> int:
-    """How many frames need room: those of the video and the padding of the plan."""
-    return max([n_frames, *(window.frames[-1] + 1 for window in plan)])
-
-
 def show(plan, n_frames) -> str:
-    """The plan as text, at most 140 columns: a row per window, by depth; c given, # new, . other."""
-    total = length(plan, n_frames)
+    """The plan as text, at most 140 columns: a row per window, c given, # new, . other; what it costs."""
+    total = max([n_frames, *(window.frames[-1] + 1 for window in plan)])   # with the padding of the plan
     scale = -(-total // 127)   # frames per column, so that long videos fit
     columns = range(0, total, scale)
     lines = [" " * 13 + "".join(f"{frame:<10}" for frame in columns[::10]).rstrip()]
@@ -223,11 +214,11 @@ def show(plan, n_frames) -> str:
         lines.append(f"one column is {scale} frames, # if any of them is new")
     if total > n_frames:
         lines.append(f"frames {n_frames}..{total - 1} are padding: made, then dropped")
-    return "\n".join(lines)
+    times = ", ".join(f"{makespan(plan, devices):g}" for devices in (1, 2, 4, 8))
+    return "\n".join([*lines, costs(plan), f"makespan on 1, 2, 4, 8 processes: {times} windows"])
 
 
 # --- the windows to train on ------------------------------------------------------------------------------
-
 def reach(window) -> int:
     """The distance from the first frame of a window to its last: a clip needs one frame more to hold it."""
     return window.frames[-1] - window.frames[0]
@@ -242,14 +233,16 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     """What a stage trains on: [(share, windows)], lists of windows and how often to draw from each.
 
     They are the windows of plans for n_frames, a half and a quarter of it; equal but for a shift, they count
-    once. "video" is all stages. The window that starts a video is drawn often: all others build on it."""
+    once. "video" is all stages, "image" a single frame. The window that starts a video is drawn often: all
+    others build on it."""
+    if stage == "image":
+        return [(1, [FIRST_FRAME])]
     needed = shortest_clip(stage)
     if n_frames < needed:
         raise ValueError(f"no {stage} window fits in {n_frames} frames: train on clips of {needed} or more")
     shorter = [n for n in ((n_frames + 1) // 2, (n_frames + 3) // 4) if n > 1]
-    from_one_end = lambda lengths: [window for n in lengths for window in hierarchical(n)]
-    from_both_ends = lambda lengths: [window for n in lengths for window in hierarchical(n, (0, n - 1))]
-    hierarchy = lambda lengths: from_one_end(lengths) + from_both_ends(lengths)
+    hierarchy = lambda lengths: ([window for n in lengths for window in hierarchical(n)]
+                                 + [window for n in lengths for window in hierarchical(n, (0, n - 1))])
     sources = [(hierarchy([n_frames]), {"starter": 6, "extrap": 4, "coarse": 6, "fine": 2}),
                (autoregressive(n_frames), {"starter": 2, "extrap": 2, "coarse": 2, "fine": 2}),
                (hierarchy(shorter), {"starter": 1, "extrap": 3, "coarse": 1, "fine": 1})]
@@ -261,7 +254,7 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
             if stage in (window.stage, "video") and window.frames[-1] < n_frames and shape not in seen:
                 seen.add(shape)
                 infill = "fine" if window.gap <= RATIO else "coarse"
-                kinds[infill if window.stage == "interp" else window.stage].append(replace(window, deps=()))
+                kinds[infill if window.stage == "interp" else window.stage].append(window)
         shapes += [(shares[kind], windows) for kind, windows in kinds.items() if windows]
     return shapes
 
@@ -304,12 +297,9 @@ def main(argv=None):
     parser.add_argument("--schedule", choices=list(PLANNERS), default="hierarchical", help="or another")
     args = parser.parse_args(argv)
     try:
-        plan = PLANNERS[args.schedule](args.frames)
+        print(show(PLANNERS[args.schedule](args.frames), args.frames))
     except ValueError as error:
         raise SystemExit(str(error))
-    print(f"{show(plan, args.frames)}\n{args.schedule}: {costs(plan)}")
-    times = ", ".join(f"{makespan(plan, devices):g}" for devices in (1, 2, 4, 8))
-    print(f"makespan on 1, 2, 4, 8 processes: {times} windows")
 
 
 if __name__ == "__main__":

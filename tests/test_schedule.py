@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import schedule
-from schedule import (assign, autoregressive, build, costs, cut, extension, hierarchical, joint, length, main,
+from schedule import (assign, autoregressive, build, costs, cut, extension, hierarchical, joint, main,
                       makespan, reach, share, shortest_clip, show, verify, window_shapes)
 
 LENGTHS = [*range(1, 201), 500, 2300, 10000]
@@ -19,7 +19,7 @@ def test_a_hierarchical_plan_makes_every_frame_once_from_any_user_frames(options
         for given in {(0,), (0, n - 1), (0, n // 3, n // 2), (*range(min(n, 5)),), (n - 1,), (n // 3, n - 1)}:
             plan = hierarchical(n, given, **options)
             verify(plan, n, given)
-            assert length(plan, n) == n and all(len(w.frames) <= 7 for w in plan)
+            assert max([n, *(w.frames[-1] + 1 for w in plan)]) == n and all(len(w.frames) <= 7 for w in plan)
 
 
 def test_an_autoregressive_plan_makes_every_frame_once_and_pads_less_than_a_loop():
@@ -27,7 +27,8 @@ def test_an_autoregressive_plan_makes_every_frame_once_and_pads_less_than_a_loop
     for n in LENGTHS:
         plan = autoregressive(n)
         verify(plan, n)
-        assert length(plan, n) == (n if n <= 7 else 7 + 12 * math.ceil((n - 7) / 12))
+        length = max([n, *(w.frames[-1] + 1 for w in plan)])
+        assert length == (n if n <= 7 else 7 + 12 * math.ceil((n - 7) / 12))
         assert all(len(w.frames) <= 8 for w in plan)
 
 
@@ -58,7 +59,7 @@ def test_a_window_depends_on_the_windows_that_make_its_given_frames(plan):
     """They come earlier in the list, and the window is one deeper than the deepest of them."""
     for i, w in enumerate(plan):
         reads = {j for j, other in enumerate(plan) if set(w.given) & set(other.new)}
-        assert set(w.deps) == reads and all(j < i for j in reads)
+        assert all(j < i for j in reads)
         assert w.depth == 1 + max((plan[j].depth for j in reads), default=-1)
 
 
@@ -92,7 +93,7 @@ def test_an_extension_makes_the_rest_once_and_its_boundary_is_like_any_other(max
     for known, n in ((1, 2), (5, 60), (121, 122), (121, 181), (97, 400), (121, 2300), (500, 10000)):
         plan = extension(n, known, max_stride)
         verify(plan, n, range(known))
-        assert length(plan, n) == n and all(len(w.frames) <= 7 for w in plan)
+        assert max(w.frames[-1] for w in plan) < n and all(len(w.frames) <= 7 for w in plan)
         if known > max_stride and (n - known) % max_stride == 0:
             assert all(shape(w) in infill for w in plan if w.stage == "interp")
     assert extension(400, 121, max_stride)[0].given == (0, 120 - max_stride, 120)   # and the anchor
@@ -130,7 +131,7 @@ def test_a_picture_shows_every_window_and_fits_the_terminal():
         assert sum(stage in line for line in lines for stage in schedule.STAGES) == len(plan)
         assert max(map(len, lines)) <= 140
     assert "frames 122..126 are padding" in show(autoregressive(122), 122)
-    rows = show(hierarchical(17), 17).splitlines()[1:]
+    rows = show(hierarchical(17), 17).splitlines()[1:-2]
     assert "".join(f"    {row}\n" for row in rows) in schedule.__doc__
 
 
@@ -143,7 +144,7 @@ def test_training_shows_the_windows_that_sampling_asks_for_and_no_others(n):
     shapes = window_shapes("video", n)
     assert {shape(w) for _, windows in shapes for w in windows} == asked
     for _, windows in shapes:
-        assert all(reach(w) < n and w.deps == () for w in windows)
+        assert all(reach(w) < n for w in windows)
         assert len({shape(w) for w in windows}) == len(windows)
     for stage in schedule.STAGES:
         assert window_shapes(stage, n) == [pair for pair in shapes if pair[1][0].stage == stage]
