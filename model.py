@@ -17,11 +17,11 @@ import os
 import re
 import unicodedata
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class Config:
     text_width: int = 768                    # also the width of the UNet's cross-attention context
     text_layers: int = 12
     text_heads: int = 12
-    vocabulary: int = 49408                  # tiny has 514: 256 bytes, 256 bytes that end a word, start, end
+    vocabulary: int = 49408                  # 256 bytes, 256 that end a word, merges, start and end of text
     in_channels: int = 4
     latent_mean: tuple = (0.0, 0.0, 0.0, 0.0)
     latent_std: tuple = (1 / 0.18215,) * 4   # SD1.x: latents times 0.18215 have a standard deviation near 1
@@ -73,10 +73,9 @@ class Config:
 PRESETS = {
     "sd15": Config(),
     "tiny": Config(
-        name="tiny", size=64, prediction="v", zero_terminal_snr=True,
-        widths=(64, 96, 96), res_blocks=1, attention_levels=(1, 2), heads=4, emb_dim=128,
-        temporal_emb_dim=128, vae_widths=(48, 64), vae_res_blocks=1, vae_patch=2, vae_groups=16,
-        text_width=64, text_layers=2, text_heads=4, vocabulary=514),
+        name="tiny", size=64, prediction="v", zero_terminal_snr=True, widths=(64, 96, 96), res_blocks=1,
+        attention_levels=(1, 2), heads=4, emb_dim=128, temporal_emb_dim=128, vae_widths=(48, 64), vae_patch=2,
+        vae_res_blocks=1, vae_groups=16, text_width=64, text_layers=2, text_heads=4, vocabulary=514),
 }
 
 
@@ -238,7 +237,7 @@ class UNet(nn.Module):
 
         self.temporal_embed = FrameEmbedding(c.temporal_emb_dim, c.text_width)
         self.temporal_hint = zero(conv3x3(3 * 4 + 1, widths[0]))
-        self.temporal_prior = MotionPrior(c.temporal_emb_dim)
+        self.temporal_prior = FlowPrior(c.temporal_emb_dim)
         self.temporal_gate = zero(nn.Linear(c.temporal_emb_dim, 2 * 4))
         self.schedule = NoiseSchedule(c.prediction, c.zero_terminal_snr)
 
@@ -250,7 +249,7 @@ class UNet(nn.Module):
         context  text embeddings (b, 77, d)
         frames   frame numbers (b, f), of which only differences matter; default 0, 1, 2 ...
         given    (b, f) bool: which frames are given, default none
-        with_prior  return the prior and the warped latents too, (b, 4, f, h, w) each: they have a loss
+        with_prior  return the prior too, in the same shape (None for one frame): it has a loss of its own
         clips    a `ClipParallel`, if processes share a window; x, t, frames and given are this process's"""
         b, c, f, h, w = x.shape
         if t.shape != (b, f) or h % self.factor or w % self.factor:
@@ -259,12 +258,12 @@ class UNet(nn.Module):
         window = None
         if temporal and (clips.total if clips else f) > 1:
             window = look_around(self.temporal_embed, x, t, context, frames, given, clips or WholeWindow())
-        output, *priors = self.second_half(x, t, context, window, *self.first_half(x, t, context, window))
-        return (output, *priors) if with_prior else output
+        output, prior = self.second_half(x, t, context, window, *self.first_half(x, t, context, window))
+        return (output, prior) if with_prior else output
 
     def first_half(self, x, t, context, window):
         """Down to the middle. Returns all that the second half needs: it may run on another device."""
-        prior, warped, log_std = (None,) * 3 if window is None else self.temporal_prior(window)
+        prior, log_std = (None, None) if window is None else self.temporal_prior(window)
         emb = self.time_embed(sinusoids(t.flatten(), self.time_embed[0].in_features).to(x.dtype))
         skips, hidden = [], rearrange(x, "b c f h w -> (b f) c h w")
         for i, block in enumerate(self.input_blocks):
@@ -273,22 +272,21 @@ class UNet(nn.Module):
                 hidden = hidden + self.temporal_hint(torch.cat([window.hint, prior], dim=1))
             skips.append(hidden)
         hidden = self.run(0, self.middle_block, hidden, emb, context, window)
-        return hidden, emb, prior, warped, log_std, *skips
+        return hidden, emb, prior, log_std, *skips
 
-    def second_half(self, x, t, context, window, hidden, emb, prior, warped, log_std, *skips):
-        """Back up: the output, and the prior and what it warped (None without a window), like x."""
-        skips = list(skips)
-        for i, block in enumerate(self.output_blocks):
-            hidden = self.run(i, block, hidden, emb, context, window, skips.pop())
+    def second_half(self, x, t, context, window, hidden, emb, prior, log_std, *skips):
+        """Back up: the output, and the prior (None without a window), like x."""
+        for i, (block, skip) in enumerate(zip(self.output_blocks, reversed(skips))):
+            hidden = self.run(i, block, hidden, emb, context, window, skip)
         video = lambda images: rearrange(images, "(b f) c h w -> b c f h w", b=len(x))
         output = video(self.out(hidden))
         if window is None:
-            return output, None, None
+            return output, None
         gate, frame_log_std = self.temporal_gate(window.emb.flatten(0, 1))[..., None, None].chunk(2, dim=1)
         gate = gate.tanh()                # saturates near 1: a gate that wavers makes the video flicker
         mean, std = video(gate * prior), video((log_std + frame_log_std).clamp(-6, 1).exp())
         output = precondition(self.schedule.to(x.device), output, x[:, :4], t, mean, std)
-        return output, video(prior), video(warped)
+        return output, video(prior)
 
     def run(self, i, block, *inputs):
         """Run a block; if it is every K-th, the backward pass recomputes it instead of keeping it."""
@@ -330,10 +328,9 @@ class WindowInfo:
 
 
 class FrameEmbedding(nn.Module):
-    """What the temporal layers are told about each frame: (b, f, e).
-
-    Its noise level; how far and how noisy the nearest given frames are; how far the first new frame is; and a
-    few numbers per token of the text: a mean over all tokens would drown the one word that matters."""
+    """What temporal layers are told about each frame, (b, f, e): its noise level; how far and how noisy the
+    nearest given frames are; how far the first new frame is; and a few numbers per token of the text, as a
+    mean over all tokens would drown the one word that matters."""
     def __init__(self, dim, context_dim):
         super().__init__()
         self.token = nn.Linear(context_dim, 8)
@@ -354,9 +351,8 @@ class FrameEmbedding(nn.Module):
 
 
 def nearest_given(given):
-    """For every frame of a window, the places (b, f, 4) of the given frames (b, f) bool around it.
-
-    The nearest at or before it, the nearest at or after it, the next beyond each; -1 where there is none."""
+    """For every frame of a window, the places (b, f, 4) of the given frames (b, f) bool around it: nearest at
+    or before it, nearest at or after it, the next beyond each; -1 where there is none."""
     f = given.shape[1]
     index = torch.arange(f, device=given.device).expand_as(given)
     before = torch.where(given, index, -1).cummax(1).values
@@ -369,7 +365,6 @@ def nearest_given(given):
 
 def blend_weights(frames, nodes, known):
     """Lagrange weights (b, f, k), at `frames` (b, f), of the polynomial through the known `nodes` (b, f, k).
-
     Two nodes make a linear blend, four a cubic. Unknown nodes have weight 0."""
     itself = torch.eye(nodes.shape[-1], dtype=torch.bool, device=nodes.device)
     others = known[..., :, None] & known[..., None, :] & ~itself                         # (b, f, k, k)
@@ -407,51 +402,43 @@ def look_around(embed, x, t, context, frames, given, clips):
     return WindowInfo(b, clips, gap, distance, emb, rows(hint), rows(since), rows(share), rows(blend))
 
 
-class MotionPrior(nn.Module):
-    """A guess at each frame: the given frames beside it, moved to where things are now, and their cubic."""
-    def __init__(self, emb_dim, width=64, reach=(2, 6)):
+class FlowPrior(nn.Module):
+    """A guess at each frame: the given ones around it, moved along a flow and relit, mixed with their cubic.
+
+    Nothing else moves things: the image model is frozen, temporal layers look at one pixel at a time. Convs
+    say how fast every latent moves; times the distance in frames, that is where it was in a given frame."""
+    def __init__(self, emb_dim, width=64):
         super().__init__()
-        self.reach, self.size = reach, tuple(2 * r + 1 for r in reach)
-        self.conv_in = nn.Conv2d(9 + 4 + 2, width, 3, padding=1)         # hint, blend, where in the frame
+        self.conv_in = conv3x3(9 + 4 + 2, width)                     # hint, blend, place in the picture
         self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in (2, 4)])
-        self.emb = nn.Linear(emb_dim, 2 * 3 * width)      # a gain and a shift for each of the three convs
-        self.to_speed = zero(nn.Conv2d(width, 2, 3, padding=1))
-        self.to_taps = zero(nn.Conv2d(width, 2 * self.size[0] * self.size[1], 3, padding=1))
-        self.to_light = zero(nn.Linear(width + emb_dim, 4 * 4 + 4 + 4))
-        self.to_rest = zero(nn.Conv2d(width, 3 * 4, 3, padding=1))
-        self.sharpness = nn.Parameter(torch.tensor(5.0))
-        down, across = (torch.arange(-r, r + 1.0) for r in reach)
-        self.register_buffer("offsets", torch.cartesian_prod(down, across), persistent=False)   # (taps, 2)
+        self.emb = nn.Linear(emb_dim, 3 * 2 * width)                 # scale and shift for each of the convs
+        self.out = zero(conv3x3(width, 2 + 2 + 3 * 4))
+        self.light = zero(nn.Linear(width + emb_dim, 4 * 4 + 4))     # an affine map of all latents of a frame
 
     def forward(self, window):
+        """-> the prior, and the logarithm of how wrong it may be; (b f, 4, h, w) each."""
         n, _, h, w = window.hint.shape
-        gains, shifts = rearrange(self.emb(window.emb), "b f (two k c) -> two k (b f) c 1 1", two=2, k=3)
-        axes = (torch.linspace(-1, 1, size, device=gains.device) for size in (h, w))
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(gains.dtype).expand(n, 2, h, w)
-        x = self.conv_in(torch.cat([window.hint, window.blend, places], dim=1))
-        x = F.silu(x * (1 + gains[0]) + shifts[0])
-        for conv, gain, shift in zip(self.convs, gains[1:], shifts[1:]):
-            x = x + F.silu(conv(x) * (1 + gain) + shift)
-        speed = 0.05 * rearrange(self.to_speed(x), "n yx h w -> n 1 yx h w")               # 0.05: a fast wind
-        limit = self.offsets.amax(0).view(2, 1, 1) + 0.5
-        origin = torch.clamp(-speed * window.since[..., None, None, None], -limit, limit)  # (n, 2, yx, h, w)
-        squared = (origin[:, :, None] - self.offsets[..., None, None]).square().sum(3)
-        # a weight for each place around there in both given frames: the nearer, in space and time, the more
-        logits = rearrange(self.to_taps(x), "n (side k) h w -> n side k h w", side=2)
-        logits = logits - self.sharpness * squared + window.share.clamp(1e-30).log()[..., None, None, None]
-        weights = logits.flatten(1, 2).softmax(dim=1)                                      # (n, 2 taps, h, w)
-        rows = torch.arange(-self.reach[0], h + self.reach[0], device=x.device).clamp(0, h - 1)
-        columns = torch.arange(-self.reach[1], w + self.reach[1], device=x.device) % w    # skies go around
-        sides = rearrange(window.hint[:, :8], "n (side c) h w -> (n side) c h w", c=4)
-        around = F.unfold(sides[:, :, rows[:, None], columns], self.size)
-        around = rearrange(around, "(n side) (c k) (h w) -> n c (side k) h w", n=n, c=4, h=h)
-        moved = (around * weights[:, None]).sum(2)                                         # (n, 4, h, w)
-        whole = torch.cat([x.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)             # one light per frame
-        gain, shift, of_frame = self.to_light(whole).split((16, 4, 4), dim=1)
-        correction, mixture, log_std = self.to_rest(x).chunk(3, dim=1)
-        moved = moved + torch.einsum("nij,njhw->nihw", gain.view(n, 4, 4), moved) + shift[..., None, None]
-        warped, gate = moved + correction, (mixture + of_frame[..., None, None]).sigmoid()
-        return window.blend + gate * (warped - window.blend), warped, log_std
+        scales, shifts = rearrange(self.emb(window.emb), "b f (two k c) -> two k (b f) c 1 1", two=2, k=3)
+        centres = [(torch.arange(size, device=scales.device) + 0.5) * 2 / size - 1 for size in (h, w)]
+        y, x = torch.meshgrid(*centres, indexing="ij")               # from -1 to 1, as grid_sample counts
+        places = torch.stack([y, x]).to(scales.dtype).expand(n, 2, h, w)
+        hidden = self.conv_in(torch.cat([window.hint, window.blend, places], dim=1))
+        hidden = F.silu(hidden * (1 + scales[0]) + shifts[0])
+        for conv, scale, shift in zip(self.convs, scales[1:], shifts[1:]):
+            hidden = hidden + F.silu(conv(hidden) * (1 + scale) + shift)
+        velocity, sides, correction, gate, log_std = self.out(hidden).split((2, 2, 4, 4, 4), dim=1)
+        sides = (sides + window.share.clamp(min=1e-30).log()[..., None, None]).softmax(dim=1)   # nearer: more
+        moved = 0
+        for side, latents in enumerate(window.hint[:, :8].chunk(2, dim=1)):
+            # velocity is in latents per 16 frames, the stride of keyframes, so that its numbers are near 1
+            by = velocity / 16 * window.since[:, side, None, None, None]
+            grid = torch.stack([x - by[:, 1] * 2 / w, y - by[:, 0] * 2 / h], dim=-1).to(latents.dtype)
+            source = F.grid_sample(latents, grid, padding_mode="border", align_corners=False)
+            moved = moved + sides[:, side:side + 1] * source
+        whole = torch.cat([hidden.mean((2, 3)), window.emb.flatten(0, 1)], dim=1)
+        gain, offset = self.light(whole)[..., None, None].split((16, 4), dim=1)
+        warped = moved + (gain.view(n, 4, 4, 1, 1) * moved[:, None]).sum(2) + offset + correction
+        return window.blend + gate.sigmoid() * (warped - window.blend), log_std
 
 
 # --- Stable Diffusion's own blocks --------------------------------------------------------------------------
@@ -739,7 +726,7 @@ class TextEncoder(nn.Module):
 
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer. `merges`: its pairs, best first; none for tiny, which reads plain bytes."""
+    """CLIP's byte-pair tokenizer. `merges`: its pairs, best first. Without any it reads plain bytes."""
     def __init__(self, merges=()):
         # CLIP writes a byte as a character: printable ones as themselves, the others from number 256 on
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -751,12 +738,29 @@ class Tokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(vocabulary)}
         self.start, self.end = len(vocabulary), len(vocabulary) + 1
 
+    @classmethod
+    def learn(cls, texts):
+        """One with a token for every word of these texts: the commonest pair of neighbours becomes a symbol,
+        again and again (Sennrich et al. 1508.07909)."""
+        tokenizer, words = cls(), {word for text in texts for word in cls.words(text)}
+        while pairs := Counter(pair for word in words for pair in pairwise(tokenizer.pieces(word))):
+            tokenizer = cls([*tokenizer.merges, " ".join(max(sorted(pairs), key=pairs.get))])
+        return tokenizer
+
+    @staticmethod
+    def words(text):
+        """A text in lower case as a list of words. Digits and signs are words, too."""
+        text = html.unescape(html.unescape(text)).lower()
+        # numbers, of which \d knows only some, are split into digits; then endings, letters, other signs
+        text = "".join(f" {ch} " if unicodedata.category(ch)[0] == "N" else ch for ch in text)
+        return re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W_]+|(?:[^\w\s]|_)+", text)
+
     def pieces(self, word):
         """The symbols of one word, after joining its best-ranked neighbours again and again."""
         parts = [self.symbols[byte] for byte in word.encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
-            ranks = [self.ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+            ranks = [self.ranks.get(pair, math.inf) for pair in pairwise(parts)]
             i = ranks.index(min(ranks))
             if ranks[i] == math.inf:
                 break
@@ -767,11 +771,7 @@ class Tokenizer:
         """Texts -> ids (n, 77): start token, text cut to fit, and the end token to the end, as in SD1.x."""
         rows = []
         for text in texts:
-            text = html.unescape(html.unescape(text)).lower()
-            # numbers, of which \d knows only some, are split into digits; then endings, letters, other signs
-            text = "".join(f" {ch} " if unicodedata.category(ch)[0] == "N" else ch for ch in text)
-            words = re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W_]+|(?:[^\w\s]|_)+", text)
-            ids = [self.ids[piece] for word in words for piece in self.pieces(word)]
+            ids = [self.ids[piece] for word in self.words(text) for piece in self.pieces(word)]
             row = [self.start, *ids[:TEXT_TOKENS - 2]]
             rows.append(row + [self.end] * (TEXT_TOKENS - len(row)))
         return torch.tensor(rows)
@@ -822,8 +822,8 @@ def choose_device(name=None):
     """The torch device to run on, and why."""
     if name:
         return torch.device(name), "as --device says"
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        return torch.device("cuda" if torch.cuda.is_available() else "mps"), "found it"
+    if torch.cuda.is_available():    # mps lacks FlowPrior's grid_sample before torch 2.13: only if asked for
+        return torch.device("cuda"), "found it"
     return torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads"
 
 

@@ -25,7 +25,8 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from einops import rearrange
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,16 +35,16 @@ from tqdm import tqdm
 import data
 from convert_sd_weights import lora_tensors, merge_lora
 from diffusion import T, ddim_timesteps
-from model import (PREFIXES, PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, WholeWindow, add_lora, choose_device,
-                   complete, fill, is_temporal, keep_activations, load_weights, look_around, read_weights,
-                   save_weights, store_in_8bit)
+from model import (PREFIXES, PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, Tokenizer, WholeWindow, add_lora,
+                   checksum, choose_device, complete, fill, is_temporal, keep_activations, load_weights,
+                   look_around, read_weights, save_weights, store_in_8bit)
 from sample import denoise_window, processes
 from schedule import window_shapes
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # defaults of each stage: steps, batch size, peak learning rate, worlds, frames
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0, 121), "image": (2400, 32, 1e-3, 4096, 121),
-            "video": (8000, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 0, 121), "image": (4000, 32, 1e-3, 4096, 121),
+            "video": (6500, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
             "extrap": (400, 6, 2e-3, 128, 121), "interp": (240, 6, 2e-3, 96, 121)}
 SD15_DEFAULTS = (20_000, 1, 1e-4, 0, 121)         # of its video stages: a place to start from, not measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,7 +78,7 @@ def parse(argv):
     flag("--learning_rate", type=float, help="peak, after a warm-up; a cosine follows; default by stage")
     flag("--mixed_precision", choices=("no", "fp16", "bf16", "auto"), help="default no; for sd15 auto")
     flag("--seed", type=int, default=0, help="default %(default)s")
-    flag("--device", help="default cuda, else mps, else cpu")
+    flag("--device", help="default cuda, else cpu")
     flag = p.add_argument_group("memory, for the video stages (README.md says what each saves)").add_argument
     flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; 1 saves most")
     flag("--optimizer_on_cpu", action="store_true", help="keep optimizer state and averaged weights there")
@@ -136,20 +137,22 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
     x_t = torch.where(clean, x0, schedule.q_sample(x0, t, eps))
     context = embed(model, batch, None if levels else seed)                                     # (b, 77, d)
     inputs = (values[part] for values in (x_t, t, context, batch["frames"], given))
-    outputs = unet(*inputs, with_prior=True)                  # eps or v, the prior, the warped latents
-    new, errors = ~given[part], []
-    for output, truth in zip(outputs, (schedule.target(x0, t, eps), x0, x0)):
-        if output is not None:                                # a single frame has no prior
-            error = (output.float() - truth[part]).square().mean(dim=(1, 3, 4))                    # (b, f)
-            errors.append((error * new).sum(1) / new.sum(1))                                       # (b,)
-    if len(errors) == 1:
-        return errors[0].mean(), errors[0].mean()
+    output, prior = unet(*inputs, with_prior=True)            # eps or v, and the prior
+    new = ~given[part]
+
+    def mean_square(made, truth):                             # over the new frames of each window: (b,)
+        error = (made.float() - truth[part]).square().mean(dim=(1, 3, 4))                      # (b, f)
+        return (error * new).sum(1) / new.sum(1)
+
+    error = mean_square(output, schedule.target(x0, t, eps))
+    if prior is None:                                         # a single frame has none
+        return error.mean(), error.mean()
     # Between close frames little is unknown: such a window has a thousandth of the error of a long leap, and
-    # this thousandth is what flickers. So each error is divided by its own size, which a learned uncertainty
-    # weight converges to (Kendall et al. 1705.07115). Only the gradient of the sum means anything: its value
-    # is about 3. The floors are errors too small to see.
-    loss = sum(error / (error.detach() + floor) for error, floor in zip(errors, (1e-4, 2e-5, 2e-5)))
-    return loss.mean(), errors[0].mean()
+    # this is what flickers. So each error is divided by its own size, as a learned uncertainty weight would
+    # (Kendall et al. 1705.07115), plus a floor too small to see. The sum means nothing, only its gradient.
+    prior_error = mean_square(prior, x0)
+    loss = error / (error.detach() + 1e-4) + prior_error / (prior_error.detach() + 2e-5)
+    return loss.mean(), error.mean()
 
 
 def vae_loss(model, batch, seed, args, part=slice(None)):
@@ -207,7 +210,6 @@ def main(argv=None):
     copy_into(trainable, masters)
     progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", disable=rank > 0)
     profiler = start_profile(args) if args.profile and rank == 0 else None
-    model.unet.train()
 
     while True:
         # once in a while: validate and draw with the averaged weights, save everything
@@ -281,8 +283,10 @@ def prepare_model(args):
     if args.stage == "vae":
         return Model.build(PRESETS[args.preset])
     if args.stage == "image":                             # a fresh UNet and text encoder around a trained VAE
-        config, merges, about, tensors = read_weights(args.weights)
-        model = Model.build(config, merges)
+        config, _, about, tensors = read_weights(args.weights)
+        captions = (data.SkyWorld(i).caption(30 * i) for i in range(args.worlds))    # at all times of day
+        merges = Tokenizer.learn(captions).merges                                    # a token for every word
+        model = Model.build(replace(config, vocabulary=514 + len(merges)), merges)
         fill(model, tensors, args.weights, only=lambda key: key.startswith(PREFIXES["vae"]))
     else:
         model = load_weights(args.weights, args.preset)
@@ -309,6 +313,7 @@ def freeze_the_rest(model, args):
                 trainable[f"{part}.{name}"] = parameter
             elif part == "unet" and args.stage in VIDEO_STAGES and parameter.dim() > 1:   # norms stay float32
                 parameter.data = parameter.data.to(DTYPES[args.mixed_precision])
+    model.unet.train()
     model.unet.checkpoint_every = args.gradient_checkpointing
     if args.backbone_8bit:
         store_in_8bit(model.unet)
@@ -331,12 +336,8 @@ def prepare_data(args, model, split, device):
         worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
         frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
         path = os.path.join(os.path.dirname(args.out), "cache", f"{split}_{few}x{len(frames)}.safetensors")
-        # latents depend on their VAE, so the key of the cache changes with its weights
-        key = f"{sum(p.cpu().double().abs().sum().item() for p in model.vae.parameters()):.6f}"
         encode = lambda video: model.vae.encode(video.to(device)).cpu()
-        clips = data.sky_clips(path, encode, worlds, frames, size, key)
-    if args.stage == "image":
-        return partial(clips.images, args.seed, batch_size=args.batch_size)
+        clips = data.sky_clips(path, encode, worlds, frames, size, checksum(model.vae.state_dict()))
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
     return partial(clips.windows, shapes, args.seed, batch_size=args.batch_size)
 
@@ -349,8 +350,7 @@ def prepare_batches(args, model, device, world):
     val_batch, next_batch = (prepare_data(args, model, split, device) for split in ("val", "train"))
     if first and world > 1:
         dist.barrier()
-    fetch = data.prefetch(next_batch)
-    return lambda n: to_device(fetch(n), device), [to_device(val_batch(n), device) for n in range(4)]
+    return lambda n: to_device(next_batch(n), device), [to_device(val_batch(n), device) for n in range(4)]
 
 
 def embed(model, batch, seed=None):
@@ -413,8 +413,8 @@ def validation_loss(model, batches, args, device):
 
 @torch.no_grad()
 def sample_sheet(model, batch, step, args, device):
-    """A contact sheet: the truth above, and below what the model makes of it, or of its given frames."""
-    n, steps = {"vae": (8, 0), "image": (16, 20)}.get(args.stage, (5 if args.preset == "tiny" else 1, 8))
+    """A contact sheet: the truth, what the model made of it before the first step, and what it makes now."""
+    n, steps = {"vae": (8, 0), "image": (8, 50)}.get(args.stage, (4 if args.preset == "tiny" else 1, 8))
     batch, vae = {key: value[:n] for key, value in batch.items()}, model.vae
     home = next(vae.parameters()).device                     # with --data, the CPU
     if args.stage == "vae":
@@ -426,12 +426,22 @@ def sample_sheet(model, batch, step, args, device):
             latents = denoise_window(model.unet, model.unet.schedule, batch["latents"], batch["frames"],
                                      ~batch["given"], text, levels, seeds=range(n))
         truth, made = (vae.decode(x.float().to(home)) for x in (batch["latents"], latents))
-    rows = [video for pair in zip(truth, made) for video in pair]
-    if truth.shape[2] == 1:                                   # single pictures: side by side
-        rows = [part[:, :, 0].transpose(0, 1) for part in (*truth.split(8), *made.split(8))]
-    path = os.path.join(args.out, "samples", "final.png" if step == args.max_steps else f"{step:06d}.png")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    data.contact_sheet([data.to_pixels(row) for row in rows], scale=2).save(path)
+    path = lambda name: os.path.join(args.out, "samples", name)
+    os.makedirs(path(""), exist_ok=True)
+    rows, before = {"truth": truth}, path("before.safetensors")
+    if step == 0:
+        save_file({"made": made.contiguous()}, before)
+    elif os.path.exists(before):                             # not if --resume goes on in another --out
+        rows["before"] = load_file(before)["made"]
+    rows[f"after {step} steps"] = made
+    marks = [["given" if mark else "" for mark in row] for row in batch.get("given", ())]
+    if truth.shape[2] == 1:                                  # single pictures, none given: side by side
+        rows = {name: rearrange(pictures, "b c 1 h w -> 1 c b h w") for name, pictures in rows.items()}
+        marks = [[""]]
+    pictures = [data.to_pixels(videos[i]) for i in range(len(marks)) for videos in rows.values()]
+    labels = [[f"{name} {first}", *others] for first, *others in marks for name in rows]
+    sheet = "final.png" if step == args.max_steps else f"{step:06d}.png"
+    data.contact_sheet(pictures, 2, labels).save(path(sheet))
 
 
 # what decides the batches, the loss and the learning rate must not change in the middle of a run
@@ -450,9 +460,9 @@ def save_checkpoint(state, step, log, args):
 def load_checkpoint(state, args, rank, world):
     """Put a run back where it was saved. Returns its step and its log: 0 and [] without --resume."""
     parameters, ema, optimizer, scaler = state
-    path = os.path.join(args.out, "ckpt.pt") if args.resume in ("auto", None) else args.resume
     if not args.resume:
         return 0, []
+    path = os.path.join(args.out, "ckpt.pt") if args.resume == "auto" else args.resume
     found = [torch.load(path, weights_only=True, map_location="cpu") if os.path.exists(path) else None]
     if world > 1:
         dist.broadcast_object_list(found)       # only the machine of rank 0 has the file
@@ -485,7 +495,6 @@ def write_csv(path, rows):
 
 def write_log(rows, args):
     """args.json, log.csv, and loss.png: the losses by step, that of training as a mean of 20 steps."""
-    os.makedirs(args.out, exist_ok=True)
     data.write_json(os.path.join(args.out, "args.json"), vars(args))
     write_csv(os.path.join(args.out, "log.csv"), rows)
     train, val = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
@@ -580,7 +589,6 @@ def dry_run(args, device, why, mode=FakeTensorMode):
         batch = {"latents": torch.zeros(b, 4, f, size, size), "frames": torch.arange(f).repeat(b, 1),
                  "given": torch.zeros(b, f).bool(), "user": torch.zeros(b, f).bool(),
                  "captions": [""] * b, "context": torch.zeros(b, TEXT_TOKENS, config.text_width)}
-        model.unet.train()
         with MemoryMeter(known) as meter:
             with forward_context(args, torch.device("cpu"), "meta"):
                 descend, _ = denoising_loss(model, batch, 0, args)
@@ -635,7 +643,7 @@ def pipeline_step(model, batch, seed, part, args, device, scaler):
         if first:
             kept.append(unet.first_half(x, t, context, window))
             dist.send_object_list([[x.detach().cpu() for x in kept[-1]]], peer)
-            return (torch.zeros_like(x),) * 3     # for a loss that is ignored
+            return torch.zeros_like(x), torch.zeros_like(x)     # for a loss that is ignored
         received = [None]
         dist.recv_object_list(received, peer)
         kept.append([x.to(device).requires_grad_() for x in received[0]])
