@@ -23,7 +23,6 @@ import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mode
 
@@ -44,15 +43,9 @@ class Clips:
     names: list
     lengths: np.ndarray              # frames of each clip
     read: callable                   # (clip, rising places (n,)) -> latents of those frames, (4, n, h, w)
-    caption: callable                # (clip, place) -> what the clip shows from that place on
+    caption: callable                # (clip, start, place) -> the prompt at a place of a video begun at start
     context: callable = None         # (clip) -> text embedding (77, d), if cached
     key: str = None                  # a hash of everything that batches depend on beyond the command line
-
-    def images(self, seed, step, batch_size):
-        """A batch of random single frames: windows of one frame, which is new."""
-        rng, picture = np.random.default_rng([seed, step]), Window((0,), (0,), "starter", 0, ())
-        return self.batch([(picture, int(rng.integers(len(self.names))), int(rng.integers(self.lengths[0])))
-                           for _ in range(batch_size)])
 
     def windows(self, shapes, seed, step, batch_size):
         """A batch of random windows of a plan, all with the same number of frames, at random places of clips.
@@ -69,39 +62,25 @@ class Clips:
             if room.max() < 1:
                 raise ValueError(f"a window over {reach(window) + 1} frames fits in no clip, the longest has "
                                  f"{self.lengths.max()}: ask for shorter --frames")
-            place, clip = int(rng.integers(room.max())), int(pick(np.flatnonzero(room > 0)))
-            place = place * int(room[clip]) // int(room.max())   # the same relative place in a shorter clip
-            rows.append((window, clip, place))
+            clip = int(pick(np.flatnonzero(room > 0)))
+            start = int(rng.integers(room[clip])) - window.frames[0]
+            first, last = (self.caption(clip, start, start + window.new[i]) for i in (0, -1))
+            if first == last:                                    # sampling cuts windows at a new prompt, too
+                rows.append((window, clip, start))
         return self.batch(rows)
 
     def batch(self, rows):
-        """A batch of rows (window, clip, place of its first frame), all with the same number of frames."""
+        """A batch of rows (window, clip, start: where its plan begins in the clip), all of as many frames."""
         frames = torch.tensor([window.frames for window, _, _ in rows])
         given = torch.tensor([[frame in window.given for frame in window.frames] for window, _, _ in rows])
         first = torch.tensor([[window.depth == 0] for window, _, _ in rows])   # nothing is made before these
-        latents = [self.read(clip, row - row[0] + place) for row, (_, clip, place) in zip(frames, rows)]
+        latents = [self.read(clip, row + start) for row, (_, clip, start) in zip(frames, rows)]
+        captions = [self.caption(clip, start, start + window.new[0]) for window, clip, start in rows]
         batch = {"latents": torch.stack(latents), "frames": frames, "given": given,
-                 "user": given & ((frames == 0) | first),
-                 "captions": [self.caption(clip, place - window.frames[0]) for window, clip, place in rows]}
+                 "user": given & ((frames == 0) | first), "captions": captions}
         if self.context:
             batch["context"] = torch.stack([self.context(clip) for _, clip, _ in rows])
         return batch
-
-
-def prefetch(draw):
-    """A function (step) -> batch like `draw`, which draws the next batch while this one is in use."""
-    thread, ahead, threads = ThreadPoolExecutor(1), {}, torch.get_num_threads()
-    # The thread must compute alone, or it takes cores from the training loop. Reading the number of threads
-    # makes it stick: otherwise the thread would adopt the one that the last line restores.
-    thread.submit(lambda: torch.set_num_threads(1) or torch.get_num_threads()).result()
-    torch.set_num_threads(threads)
-
-    def batch(step):
-        wanted = ahead.pop(step, None) or thread.submit(draw, step)
-        ahead[step + 1] = thread.submit(draw, step + 1)
-        return wanted.result()
-
-    return batch
 
 
 def picture_batch(split, seed, step, batch_size, size, per_world=4):
@@ -121,20 +100,23 @@ def made_from(path):
         return None
 
 
-def sky_clips(path, encode, worlds, frames, size, key):
+def sky_clips(path, encode, seeds, frames, size, key):
     """Clips of the same moments (frames, a range) of many sky worlds (a range of seeds), encoded once: video
     (1, 3, f, H, W) -> latents (1, 4, f, h, w). A file made with another key is made again."""
-    note = f"{key} {worlds} {frames} {size}"
+    note = f"{key} {seeds} {frames} {size}"
+    # in videos the light of every second world is restless, so that captions change and the video follows
+    worlds = [SkyWorld(seed, size, restless=frames.step == 1 and seed % 2 == 1) for seed in seeds]
     if made_from(path) != note:
-        latents = torch.cat([encode(SkyWorld(world, size).video(np.array(frames))[None]).half()
+        latents = torch.cat([encode(world.video(np.array(frames))[None]).half()
                              for world in tqdm(worlds, desc="encoding worlds", unit="world")])
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with complete(path) as unfinished:
             save_file({"latents": latents}, unfinished, metadata={"about": note})
     latents = load_file(path)["latents"]    # (worlds, 4, f, h, w)
-    return Clips([f"world {world}" for world in worlds], np.full(len(worlds), len(frames)),
+    return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
                  lambda i, places: latents[i][:, places].float(),
-                 lambda i, place: SkyWorld(worlds[i], size).caption(frames[0] + place * frames.step))
+                 lambda i, start, place: worlds[i].prompt(frames[0] + start * frames.step,
+                                                        frames[0] + place * frames.step))
 
 
 # --- your own videos ----------------------------------------------------------------------------------------
@@ -286,7 +268,7 @@ def show_clips(folder, file, rows):
                 moments(folder, name, 8, 96) for name, _, other in rows[:48]]
     if rows:
         with complete(Path(folder, file)) as path:
-            contact_sheet(pictures, labels=[" ".join(row) for row in rows[:48]]).save(path)
+            contact_sheet(pictures, labels=[[" ".join(row)] for row in rows[:48]]).save(path)
 
 
 def drop_clips(folder, refused):
@@ -339,8 +321,7 @@ def check(folder):
 def encoders_key(model):
     """A checksum of all that latents and text embeddings depend on: VAE, text encoder and config."""
     tensors = model.vae.state_dict(prefix="vae.") | model.text.state_dict(prefix="text.")
-    return checksum({name: tensor.cpu() for name, tensor in tensors.items()}, str(model.config),
-                    str(model.tokenizer.merges))
+    return checksum(tensors, str(model.config), str(model.tokenizer.merges))
 
 
 @torch.no_grad()
@@ -394,7 +375,7 @@ def cached_clips(folder, model, stage, split=None, drop=None):
     # load_file maps the file into memory: only the frames of the window are read from the disk
     return Clips(names, np.array([clips[name]["frames"] for name in names]),
                  lambda i, places: load_file(files[i])["latents"][:, places].float(),
-                 lambda i, place: clips[names[i]]["caption"],
+                 lambda i, start, place: clips[names[i]]["caption"],
                  lambda i: load_file(files[i])["context"].float(), checksum({}, str(names), str(notes)))
 
 
@@ -409,8 +390,8 @@ def scoring_batches(clips, shapes, count=4):
     # short and long ones, and a place for each, from the start of a clip to its end
     chosen = [(alike[k * len(alike) // count], (k + 0.5) / count) for k in range(count)]
     for i in scored:
-        yield clips.names[i], clips.batch([(window, i, int(place * (clips.lengths[i] - reach(window))))
-                                           for window, place in chosen])
+        start = lambda window, place: int(place * (clips.lengths[i] - reach(window))) - window.frames[0]
+        yield clips.names[i], clips.batch([(window, i, start(window, place)) for window, place in chosen])
 
 
 def drop_hardest(share, scores, held_out, path):
@@ -446,23 +427,19 @@ def from_pixels(image):
 
 
 def contact_sheet(rows, scale=1, labels=()):
-    """Rows of frames of one size, each (n, H, W, 3) uint8, as one Pillow picture; labels start the rows."""
-    height, width = rows[0].shape[1:3]
+    """Rows of pictures of one size, each (n, H, W, 3) uint8, as one Pillow picture with gaps between them.
+
+    labels: for every row the labels of its pictures, from the first on; it may have fewer than pictures."""
+    height, width = (scale * side + 4 for side in rows[0].shape[1:3])
     sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
     for i, row in enumerate(rows):
-        sheet.paste(Image.fromarray(np.concatenate(row, axis=1)), (0, i * height))
-    sheet = ImageOps.scale(sheet, scale)
-    for i, label in enumerate(labels):
-        place = 4, 2 + i * height * scale
-        ImageDraw.Draw(sheet).text(place, label, fill="white", stroke_width=2, stroke_fill="black")
+        for j, picture in enumerate(row):
+            sheet.paste(ImageOps.scale(Image.fromarray(picture), scale), (j * width + 2, i * height + 2))
+    for i, row in enumerate(labels):
+        for j, label in enumerate(row):
+            place = j * width + 5, i * height + 3
+            ImageDraw.Draw(sheet).text(place, label, fill="white", stroke_width=2, stroke_fill="black")
     return sheet
-
-
-def save_animation(path, pixels, fps, scale=1):
-    """Frames (f, H, W, 3) as an endless GIF or animated WebP, by the ending. Both may merge equal frames."""
-    images = [ImageOps.scale(Image.fromarray(frame), scale) for frame in pixels]
-    more = {"quality": 85, "method": 2} if path.endswith(".webp") else {}
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **more)
 
 
 def line_plot(path, curves, title, log=False):
@@ -493,8 +470,8 @@ def write_whole(path, text):
 
 
 def write_json(path, value):
-    """Write JSON in the same way, with sorted keys: equal values give equal files."""
-    write_whole(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write JSON in the same way."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path):
@@ -503,9 +480,10 @@ def read_json(path):
 
 
 # --- the sky world: lengths in picture widths, speeds in widths per frame -----------------------------------
-
 SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # first seed of each split: the ranges never meet
 DAY = 480                                      # frames from one midnight to the next, in every world
+TIMES = {"dawn": (0.2, 0.31), "day": (0.31, 0.69), "dusk": (0.69, 0.81), "night": (0.81, 1.2)}   # in days
+RUSH = 32                                      # frames in which a restless world skips a part of a day
 WIND = {"slow": 0.12 / 64, "fast": 0.24 / 64}  # speed of clouds and balloons
 CLOUDS = {"few": 76, "some": 60, "many": 42}   # percentile of the cloud texture that stays clear sky
 BALLOONS = {"red": (226, 38, 44), "green": (38, 170, 70), "violet": (166, 52, 200), "yellow": (252, 206, 32)}
@@ -544,12 +522,19 @@ def sideways(x, centre):
     return (x - centre + 0.5) % 1 - 0.5
 
 
+def time_of_day(hour):
+    """The word for an hour from 0 to 1, midnight to midnight."""
+    hour = (hour - 0.2) % 1 + 0.2
+    return next(name for name, (begin, end) in TIMES.items() if begin <= hour < end)
+
+
 class SkyWorld:
     """A procedural timelapse: sun, moon, clouds, two ridges and one to three balloons on the wind.
 
     A frame is a pure function of (seed, frame, size): the truth is known, so drift can be measured. `wind` is
-    the signed speed of clouds and balloons. What leaves on the right comes back on the left."""
-    def __init__(self, seed, size=64):
+    the signed speed of clouds and balloons. What leaves on the right comes back on the left. In a restless
+    world the light now and then runs fast, to another time of day."""
+    def __init__(self, seed, size=64, restless=False):
         rng = np.random.default_rng([20230709, seed])
         self.seed, self.size = seed, size
         self.start = rng.random()
@@ -562,8 +547,16 @@ class SkyWorld:
         self.heights = rng.uniform(0.14, 0.52, n)                                       # y at frame 0 and
         self.sinking = rng.uniform(-0.06, 0.06, n) / 64                                 # its speed
         self.cells = (np.arange(size) + 0.5) / size * 256 - 0.5    # pixels on the textures
+        rng, frame = np.random.default_rng([20230712, seed]), 0
+        self.rushes, self.skipped = np.array([], int), np.array([])    # first frames; parts of a day
+        while restless and frame < 2 * DAY:
+            frame += rng.integers(40, 100)    # over RUSH: one rush is over before the next begins
+            now = self.hour(frame)
+            goal = TIMES[rng.choice([name for name in TIMES if name != time_of_day(now)])]
+            self.rushes = np.append(self.rushes, frame)
+            self.skipped = np.append(self.skipped, sideways(rng.uniform(*goal), now))    # the shorter way
 
-    @cached_property
+    @property
     def scenery(self):
         """Clouds (2, H, 256): texture, light from above. Heights of the far and the near ridge (2, W)."""
         rng = np.random.default_rng([20230710, self.seed])
@@ -575,16 +568,20 @@ class SkyWorld:
         return (np.float32(interpolate(clouds, self.cells, axis=1)),
                 np.float32([0.70 + 0.045 * far, 0.85 + 0.045 * near]))
 
-    def hour(self, frames):
-        """Time of day in [0, 1) at absolute frame indices."""
-        return (self.start + np.asarray(frames) / DAY) % 1
+    def hour(self, frames, rush=RUSH):
+        """Time of day in [0, 1) at absolute frame indices; rush: frames that a rush takes, 1 for a jump."""
+        frames = np.asarray(frames)
+        done = ((frames[..., None] - self.rushes + 1) / rush).clip(0, 1)
+        return (self.start + frames / DAY + done @ self.skipped) % 1
+
+    def prompt(self, start, frame):
+        """The caption that holds at a frame of a video: that of its start, or of the last rush since."""
+        return self.caption(max([start, *self.rushes[self.rushes <= frame]]))
 
     def caption(self, frame=0):
-        """What the world shows at a frame, in the words that the text encoder is trained on."""
-        hour, balloons = self.hour(frame), ", ".join(f"{colour} balloon" for colour in self.colours)
-        time = ("dawn" if 0.2 <= hour < 0.31 else "day" if 0.31 <= hour < 0.69 else
-                "dusk" if 0.69 <= hour < 0.81 else "night")
-        return f"wind {self.heading} {self.pace}, {self.cover} clouds, {time}, {balloons}"
+        """What the world shows at a frame, in words; during a rush, where that leads."""
+        time, balloons = time_of_day(self.hour(frame, 1)), (f"{colour} balloon" for colour in self.colours)
+        return f"wind {self.heading} {self.pace}, {self.cover} clouds, {time}, {', '.join(balloons)}"
 
     def balloons(self, frames):
         """Centres of the balloons at frames (f,): (n, f, 2) as (x, y). They ride the wind, rise and sink."""
@@ -683,7 +680,7 @@ def main(argv=None):
     elif args.preview:
         worlds = [SkyWorld(args.seed + i, args.size) for i in range(6)]
         rows = [to_pixels(world.video(np.arange(0, 121, 15))) for world in worlds]
-        sheet = contact_sheet(rows, max(1, 128 // args.size), [world.caption() for world in worlds])
+        sheet = contact_sheet(rows, max(1, 128 // args.size), [[world.caption()] for world in worlds])
         sheet.save(args.preview)
     else:
         drop_hardest(args.drop_hardest, args.scores, args.held_out, args.out)

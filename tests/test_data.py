@@ -24,27 +24,26 @@ def clips(tmp_path, worlds=3, frames=range(121), key="vae"):
 
 
 def test_batches_are_functions_of_seed_and_step(tmp_path):
-    """A batch drawn again, ahead or by another thread is the same; other batches differ."""
+    """A batch drawn again, or by another thread, is the same; other batches differ."""
     source, shapes = clips(tmp_path), window_shapes("interp", 121)
     for draw in (lambda seed, step: data.picture_batch("train", seed, step, 6, 64),
-                 lambda seed, step: source.images(seed, step, 6)["latents"],
+                 lambda seed, step: source.windows(window_shapes("image", 1), seed, step, 6)["latents"],
                  lambda seed, step: source.windows(shapes, seed, step, 6)["latents"]):
-        plain, ahead = [draw(0, step) for step in range(4)], data.prefetch(lambda step: draw(0, step))
+        plain = [draw(0, step) for step in range(4)]
         with ThreadPoolExecutor(4) as pool:
-            for again in ([ahead(step) for step in range(4)], pool.map(lambda step: draw(0, step), range(4))):
-                assert all(map(torch.equal, plain, again))
+            assert all(map(torch.equal, plain, pool.map(lambda step: draw(0, step), range(4))))
         assert not any(torch.equal(other, plain[3]) for other in (draw(1, 3), *plain[:3]))
-    picture = source.images(0, 0, 5)                  # windows of one frame, which is new
+    picture = source.windows(window_shapes("image", 1), 0, 0, 5)         # a window of one frame, which is new
     assert picture["latents"].shape == (5, 4, 1, 8, 8) and len(picture["captions"]) == 5
     assert not any(picture[key].any() for key in ("frames", "given", "user"))
 
 
 def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
     """The length of a list does not count, and a clip too short for a window is never drawn or scored."""
-    source = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), caption=lambda i, place: str(i),
+    source = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), caption=lambda i, start, place: str(i),
                         read=lambda i, places: (100 * i + places).float()[None, :, None, None])
-    often = [Window((0, 2, 8), (2,), "interp", 1, (0,))]         # at depth 1 only frame 0 is the user's
-    seldom = [Window((n, n + 2, n + 8), (n + 2,), "interp", 0, ()) for n in (3, 4, 5, 6)]
+    often = [Window((0, 2, 8), (2,), "interp", 1)]         # at depth 1 only frame 0 is the user's
+    seldom = [Window((n, n + 2, n + 8), (n + 2,), "interp", 0) for n in (3, 4, 5, 6)]
     batch = source.windows([(3, often), (1, seldom)], 0, 0, 2000)
     frames, places = batch["frames"], batch["latents"][:, 0, :, 0, 0]
     assert all((rows - rows[:, :1] == torch.tensor([0, 2, 8])).all() for rows in (frames, places))
@@ -54,19 +53,9 @@ def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
         (n, place) for n in (0, 3, 4, 5, 6) for place in (100, 200, 201, 202, 203)}
     assert given == [[True, False, True]] * 2000 and user == [[True, False, n > 0] for n in first]
     with pytest.raises(ValueError, match="over 21 frames fits in no clip, the longest has 12"):
-        source.windows([(1, [Window((0, 20), (20,), "starter", 0, ())])], 0, 0, 1)
+        source.windows([(1, [Window((0, 20), (20,), "starter", 0)])], 0, 0, 1)
     scored = dict(data.scoring_batches(source, [(1, often + seldom)]))
     assert list(scored) == ["b", "c"] and torch.equal(scored["b"]["frames"], scored["c"]["frames"])
-
-
-def test_reading_ahead_leaves_the_loop_its_threads():
-    """The reading thread computes alone: with helpers of its own there would be more threads than cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    ahead = data.prefetch(lambda step: torch.get_num_threads())
-    seen = [ahead(0), ahead(1), torch.get_num_threads()]
-    torch.set_num_threads(threads)
-    assert seen == [1, 1, 2]
 
 
 def test_sky_latents_are_made_once_and_again_when_the_vae_changes(tmp_path):
@@ -348,7 +337,7 @@ def test_bad_input_is_named(argv, words, tmp_path, monkeypatch):
 
 def test_a_preview_shows_nine_frames_of_six_worlds(tmp_path):
     data.main(["--preview", str(tmp_path / "sheet.png"), "--size", "16"])
-    assert Image.open(tmp_path / "sheet.png").size == (9 * 16 * 8, 6 * 16 * 8)
+    assert Image.open(tmp_path / "sheet.png").size == (9 * (16 * 8 + 4), 6 * (16 * 8 + 4))
 
 
 def test_a_frame_does_not_depend_on_the_others_and_little_on_the_size():
@@ -393,3 +382,30 @@ def test_the_world_is_a_cylinder_with_a_clock():
     across = (video[..., 0] - video[..., -1]).abs().mean()
     assert across < 2 * video.diff(dim=3).abs().mean(dim=(0, 1, 2)).max()
     assert np.allclose(world.lamps([0]), world.lamps([DAY])) and world.caption(0) == world.caption(DAY)
+
+
+def test_the_light_of_a_restless_world_goes_where_the_captions_say():
+    """Rushes of 32 frames lead on or back to another time of day; a caption holds from there to the next."""
+    for seed in range(1, 60, 4):
+        world, calm = SkyWorld(seed, restless=True), SkyWorld(seed)
+        before, after = world.rushes - 1, world.rushes + data.RUSH - 1
+        assert 0 < before[0] and np.diff(world.rushes).min() >= 40 and after[-1] > 2 * DAY
+        gone = world.hour(after) - world.hour(before) - data.RUSH / DAY
+        assert np.allclose(data.sideways(gone, world.skipped), 0) and np.abs(world.skipped).max() <= 0.5
+        assert np.allclose(calm.hour(np.arange(before[0])), world.hour(np.arange(before[0])))
+        names = [data.time_of_day(hour) for hour in world.hour(after) - (data.RUSH - 1) / DAY]
+        prompts = [world.prompt(0, frame) for frame in world.rushes]
+        assert all(f", {name}, " in caption for name, caption in zip(names, prompts))
+        assert [world.prompt(0, frame) for frame in before] == [calm.caption(), *prompts[:-1]]
+        assert calm.prompt(30, 400) == calm.caption(30) == world.prompt(30, 33)
+
+
+def test_a_contact_sheet_has_gaps_and_labels():
+    """White between the pictures, and a label on the one it is for."""
+    black = np.zeros((2, 20, 20, 3), np.uint8)
+    draw = lambda labels: np.array(data.contact_sheet([black, black], 2, labels))
+    plain, labelled = draw([]), draw([["", "a"]])
+    assert plain.shape == (2 * 44, 2 * 44, 3) and (plain[[0, 1, 42, 43, 44, 45]] == 255).all()
+    assert (plain[2:42, 2:42] == 0).all() and (plain[:, [42, 43, 44, 45]] == 255).all()
+    different = (plain != labelled).any(axis=2)
+    assert different[:44, 44:].any() and not different[44:].any() and not different[:, :44].any()
