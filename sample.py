@@ -29,15 +29,13 @@ from tqdm import tqdm
 
 import data
 from convert_sd_weights import merge_lora
-from diffusion import T, ddim_step, ddim_timesteps, frame_noise, guide
-from diffusion import describe_noise_level, parse_noise_level
+from diffusion import ddim_step, ddim_timesteps, describe_noise_level, frame_noise, guide, parse_noise_level
 from model import (TINY_WEIGHTS, ClipParallel, choose_device, complete, fill, is_temporal, load_weights,
                    read_weights)
-from schedule import PLANNERS, STAGES, Window, assign, costs, cut, extension, makespan, share, show, verify
+from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, costs, cut, extension, share, show, verify
 
 # what a preset uses where the command line is silent: DDIM steps, guidance scale, noise augmentation
 DEFAULTS = {"tiny": (4, 1.5, "none"), "sd15": (30, 7.5, "nsr=0.33")}
-FIRST_FRAME = Window((0,), (0,), "starter", 0, ())   # frame 0 from the prompt alone
 FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps than a frame beside others
 
 
@@ -56,9 +54,9 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
     pick = lambda mask, a, b: torch.where(mask[:, None, :, None, None], a, b)
     t_given = torch.zeros_like(frames) if t_given is None else t_given
 
-    def noise(kind, number=lambda frame: frame):
-        # drawn for each frame from (seed, frame) alone, so batches, plans and devices make no difference
-        draw = lambda seed, frame: frame_noise(seed, number(frame), latents[0, :, 0].shape, kind)
+    def noise(kind, step=0):
+        # drawn frame by frame, by its number alone, so batches, plans and devices make no difference
+        draw = lambda seed, frame: frame_noise(seed, frame, latents[0, :, 0].shape, kind, step)
         return torch.stack([torch.stack([draw(seed, frame) for frame in row], dim=1)
                             for seed, row in zip(seeds, frames.tolist())]).to(latents.device)
 
@@ -75,8 +73,7 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
             twice = lambda v: torch.cat([v, v])
             output = unet(twice(x), twice(t), torch.cat(text), twice(frames), twice(~new), clips=clips)
             output = guide(*output.chunk(2), scale)
-        # fresh noise: each (step, frame) has a negative frame number of its own, which nothing else uses
-        fresh = noise("start", lambda frame: -1 - step - T * frame) if eta > 0 else None
+        fresh = noise("fresh", step) if eta > 0 else None
         x = pick(new, ddim_step(schedule, x, t, t_prev, output, eta, fresh), kept)
     return pick(new, x, latents)
 
@@ -203,6 +200,10 @@ def sample(args):
         raise ValueError(f"{args.out} already holds a run: --resume it, or give another --out folder")
     wait_for_all()   # nobody writes before all have looked
     print(f"folder: {args.out}\nprompt: {'; '.join(prompts)}")
+    tokenizer = sampler.model.tokenizer
+    unknown = sorted({word for word in tokenizer.words(" ".join(prompts)) if len(tokenizer.pieces(word)) > 1})
+    if unknown and sampler.model.config.name == "tiny":   # it has a token for every word of its training
+        print(f"words that this model has never seen, which say nothing to it: {', '.join(unknown)}")
     store = Store(os.path.join(args.out, "latents"), sampler.shape)
     if rank == 0:
         data.write_json(os.path.join(args.out, "args.json"), vars(args))
@@ -221,7 +222,8 @@ def sample(args):
     write_frames(args, sampler, store, pictures)
     wait_for_all()
     if rank == 0:
-        write_video(args.out, args.frames, args.fps)
+        keyframes = {frame for window in plan if window.gap > args.max_stride for frame in window.new}
+        write_video(args, {frame: "keyframe" for frame in keyframes} | {frame: "given" for frame in pictures})
         write_metrics(args.out, args.frames)
         print(f"{args.frames} frames in {time.time() - begun:.1f} s; look at {args.out}/sheet.png first")
 
@@ -285,7 +287,7 @@ def parse(argv):
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRAs in kohya's layout")
     add("--batch_size", type=int, default=8, help="windows that go through the UNet together (default: 8)")
     add("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together (default: 16)")
-    add("--device", help="(default: cuda, else mps, else cpu)")
+    add("--device", help="(default: cuda, else cpu)")
     add = p.add_argument_group("where, and what else").add_argument
     add("--out", help="folder of the run (default: the next free out/sample_NNN)")
     add("--resume", action="store_true", help="finish the run in --out with its own flags")
@@ -410,25 +412,30 @@ def write_frames(args, sampler, store, pictures):
                 Image.fromarray(pixels).save(path)
 
 
-def write_video(folder, n_frames, fps):
-    """video.mp4, sheet.png, and video.gif and video.webp, whose writers hold all frames: of the first 241."""
-    pixels = read_frames(folder, range(min(n_frames, 241)))
-    for name in ("video.gif", "video.webp"):
-        with complete(os.path.join(folder, name)) as path:
-            data.save_animation(path, pixels, fps, max(1, 256 // pixels.shape[1]))
+def write_video(args, marks):
+    """video.mp4, sheet.png, and video.gif and video.webp, whose writers hold all frames: of the first 241.
+
+    marks: {frame: a word for the sheet}."""
+    pixels = read_frames(args.out, range(min(args.frames, 241)))
+    images = [ImageOps.scale(Image.fromarray(frame), max(1, 256 // len(frame))) for frame in pixels]
+    for name, more in (("video.gif", {}), ("video.webp", {"quality": 85, "method": 2})):
+        with complete(os.path.join(args.out, name)) as path:    # endless; both formats may merge equal frames
+            images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / args.fps),
+                           loop=0, **more)
     try:
-        with complete(os.path.join(folder, "video.mp4")) as path:   # yuv420p, or browsers do not play it
-            subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-framerate", str(fps), "-i",
-                            os.path.join(folder, "frames", "%05d.png"), "-vf",
+        with complete(os.path.join(args.out, "video.mp4")) as path:   # yuv420p, or browsers do not play it
+            subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-framerate", str(args.fps), "-i",
+                            os.path.join(args.out, "frames", "%05d.png"), "-vf",
                             "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-pix_fmt", "yuv420p",
                             "-crf", "18", "-movflags", "+faststart", path], check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         print(f"no video.mp4: install ffmpeg with libx264, then --resume ({error})")
-    picked = np.linspace(0, n_frames - 1, min(32, n_frames)).round().astype(int)
-    rows = [read_frames(folder, picked[i:i + 8]) for i in range(0, len(picked), 8)]
-    labels = [f"frame {picked[i] + 1}" for i in range(0, len(picked), 8)]
-    with complete(os.path.join(folder, "sheet.png")) as path:
-        data.contact_sheet(rows, max(1, 128 // rows[0].shape[1]), labels).save(path)
+    picked = range(0, args.frames, -(-args.frames // 32))
+    rows = [picked[i:i + 8] for i in range(0, len(picked), 8)]
+    labels = [[f"{frame + 1} {marks.get(frame, '')}" for frame in row] for row in rows]
+    with complete(os.path.join(args.out, "sheet.png")) as path:
+        scale = max(1, 128 // pixels.shape[1])
+        data.contact_sheet([read_frames(args.out, row) for row in rows], scale, labels).save(path)
 
 
 def statistics(video):
@@ -465,10 +472,7 @@ def main(argv=None):
     args = parse(argv)
     if not args.plan:
         return sample(args)
-    plan = frame_plan(args)[0]
-    print(show(plan, args.frames + args.loop))
-    spans = ", ".join(f"{makespan(plan, n):g}" for n in (1, 2, 4, 8))
-    print(f"plan {args.schedule}: {costs(plan)}\nmakespan on 1, 2, 4, 8 processes: {spans} windows")
+    print(show(frame_plan(args)[0], args.frames + args.loop))
 
 
 if __name__ == "__main__":

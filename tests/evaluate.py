@@ -7,9 +7,7 @@ Every video starts from the first frame and the caption of a world that no train
 sample.py hold for all videos. --out gets table.md, drift_*.png, sheet.png and, for each row of the table, a
 folder with what was measured: the same command goes on where it stopped, also with more worlds.
 """
-
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -25,20 +23,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import data  # noqa: E402
 import sample  # noqa: E402
-from model import checksum  # noqa: E402
+from model import WholeWindow, checksum, look_around  # noqa: E402
 
 COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "aug", "weights", "temporal")
-BASELINES = ("VAE round trip", "copy first frame", "blend true ends")
+BASELINES = ("VAE round trip", "copy first frame", "blend true ends", "cubic, every 4th true")
 SPANS = ((1, 8), (30, 43), (60, 73), (108, 121), (228, 241), (468, 481))    # of frames, for the PSNR
 
 
 # --- metrics: how a video differs from the truth at its end, compared with its start ----------------------
-
-def second_difference(video):
-    """mean |x_{f+1} - 2 x_f + x_{f-1}| of inner frames, (f - 2,): flicker counts, steady motion hardly."""
-    return (video[:, 2:] - 2 * video[:, 1:-1] + video[:, :-2]).abs().mean((0, 2, 3))
-
-
 def boundaries(plan, n_frames):
     """Inner frames where two windows meet: given to both, one makes the frame before, one the frame after."""
     maker = {frame: i for i, window in enumerate(plan) for frame in window.new}
@@ -106,7 +98,8 @@ def measure(video, truth, world, plan):
     colour = 255 * (sample.statistics(video) - sample.statistics(truth)).abs().mean(1)
     sharp = (sample.sharpness(video).clamp(min=1e-9) / sample.sharpness(truth)).log2()
     psnr = -10 * (video - truth).square().mean((0, 2, 3)).clamp(min=1e-10).log10()
-    bends, true_bends = second_difference(video), second_difference(truth)
+    # |x_{f+1} - 2 x_f + x_{f-1}| of inner frames: flicker counts, steady motion hardly
+    bends, true_bends = (x.diff(n=2, dim=1).abs().mean((0, 2, 3)) for x in (video, truth))
     at = [f - 1 for f in boundaries(plan, n)]
     return {
         "colour": drift(colour), "sharp": drift(sharp),
@@ -132,17 +125,24 @@ def combinations(lists, flags):
 
 def make(name, cell, plan, sampler, world, truth, seed, folder):
     """The video of a cell or baseline, (3, f, H, W); latents of unfinished ones are kept in `folder`."""
-    vae, device = sampler.model.vae, sampler.device
+    model, n = sampler.model, truth.shape[1]
+    encode = lambda video: model.vae.encode(video[None].to(sampler.device))
+    decode = lambda latents: model.vae.decode(latents.to(sampler.device), cell.decode_chunk)[0].cpu()
     if name == "VAE round trip":
-        return vae.decode(vae.encode(truth[None].to(device)))[0].cpu()
+        return decode(encode(truth))
     if name == "copy first frame":
         return truth[:, :1].expand_as(truth)
     if name == "blend true ends":
-        return torch.lerp(truth[:, :1], truth[:, -1:], torch.linspace(0, 1, truth.shape[1])[:, None, None])
+        return torch.lerp(truth[:, :1], truth[:, -1:], torch.linspace(0, 1, n)[:, None, None])
+    if name == "cubic, every 4th true":        # the blend that the model's prior begins with
+        latents, given = encode(truth), torch.arange(n, device=sampler.device)[None] % 4 == 0
+        window = look_around(model.unet.temporal_embed, latents, torch.zeros_like(given, dtype=torch.long),
+                             model.context([""]), None, given, WholeWindow())
+        return decode(window.blend.transpose(0, 1)[None])
     store = sample.Store(folder, sampler.shape)
-    store.write([0], vae.encode(truth[None, :, :1].to(device))[0].cpu())
+    store.write([0], encode(truth[:, :1])[0].cpu())
     sampler.run(plan, store, sampler.text([world.caption()]), seed)
-    return vae.decode(store.read(range(cell.frames))[None].to(device), cell.decode_chunk)[0].cpu()
+    return decode(store.read(range(n))[None])
 
 
 @torch.no_grad()
@@ -170,8 +170,8 @@ def measure_cell(args, name, cell, sampler):
         places = np.linspace(0, cell.frames - 1, 16).round().astype(int)
         strip = np.concatenate(list(data.to_pixels(video[:, places])), axis=1)
         Image.fromarray(strip).save(f"{path}.png")
-        errors = {key: values.tolist() for key, values in errors.items()}
-        data.write_whole(f"{path}.json", json.dumps({"row": row, "errors": errors}))
+        measured = {"row": row, "errors": {key: values.tolist() for key, values in errors.items()}}
+        data.write_json(f"{path}.json", measured)
         shutil.rmtree(path, ignore_errors=True)
         print(f"world {i}, {cell.frames} frames, {name}", flush=True)
     return folder
@@ -197,9 +197,9 @@ def table(title, rows):
 def write(args, cells, measured):
     """table.md; drift_*.png, errors against the frame; sheet.png, the first worlds."""
     first = next(iter(cells.values()))
-    parts = [f"{args.worlds} {args.split} worlds, {first.steps} steps, guidance {first.guidance_scale:g}, "
-             f"--aug {first.aug} unless a row says otherwise: median [95 % interval]"]
-    strips = {}
+    strips, parts = {}, [
+        f"{args.worlds} {args.split} worlds, {first.steps} steps, guidance {first.guidance_scale:g}, "
+        f"--aug {first.aug} unless a row says otherwise: median [95 % interval]"]
     for n, results in measured.items():
         parts.append(table(f"{n} frames", {name: [world["row"] for world in worlds]
                                            for name, (_, worlds) in results.items()}))
@@ -208,8 +208,8 @@ def write(args, cells, measured):
                        for name, (folder, _) in results.items()}
     print("\n\n".join(parts))
     data.write_whole(os.path.join(args.out, "table.md"), "\n\n".join(parts) + "\n")
-    sheet = data.contact_sheet([strip[None] for strip in strips.values()], 1, list(strips))
-    sheet.save(f"{args.out}/sheet.png")
+    rows = [np.split(strip, 16, axis=1) for strip in strips.values()]
+    data.contact_sheet(np.array(rows), 1, [[name] for name in strips]).save(f"{args.out}/sheet.png")
     for key, title in {"colour": "colour error of 255", "sharp": "sharpness less that of the truth in bits",
                        "psnr": "PSNR in dB"}.items():
         errors = {name: [world["errors"][key][1:] for world in measured[cell.frames][name][1]]

@@ -115,6 +115,26 @@ def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, monkeyp
     assert not [name for _, _, names in os.walk(folder) for name in names if ".tmp" in name]
 
 
+def test_the_sheet_marks_given_frames_and_keyframes(tmp_path, restless_weights, monkeypatch):
+    """31 of 61 frames: the first is given, keyframes are 16 apart, the last is one, too."""
+    labels, draw = [], data.contact_sheet
+    record = lambda rows, scale, marks: (labels.extend(sum(marks, [])), draw(rows, scale, marks))[1]
+    monkeypatch.setattr(data, "contact_sheet", record)
+    monkeypatch.setattr(sample, "write_video", write_video)
+    run(tmp_path, restless_weights, "--world=1", frames=61)
+    marked = {0: "given", 16: "keyframe", 32: "keyframe", 48: "keyframe", 60: "keyframe"}
+    assert labels == [f"{frame + 1} {marked.get(frame, '')}" for frame in range(0, 61, 2)]
+
+
+def test_words_that_the_model_never_saw_are_named(tmp_path, monkeypatch, capsys):
+    """Every word of a sky caption has a token in the shipped weights; others fall into pieces."""
+    monkeypatch.setattr(sample.Sampler, "make", lambda *_: exit())
+    for prompt in ("wind left slow, many clouds, dusk, violet balloon", "red balloon, a purple submarine"):
+        with pytest.raises(SystemExit):
+            sample.main(["--frames=1", "--prompt", prompt, "--out", str(tmp_path / prompt)])
+        assert ("never seen" in capsys.readouterr().out) == ("purple" in prompt)
+
+
 @pytest.mark.parametrize("schedule", ["hierarchical", "autoregressive"])
 def test_a_seed_fixes_every_byte_and_batches_change_only_rounding(tmp_path, restless_weights, schedule):
     """Runs with one seed agree in every pixel, batches of 1 and 4 to +-1, runs with two seeds do not."""
