@@ -439,7 +439,7 @@ def sample_sheet(model, batch, step, args, device):
         rows = {name: rearrange(pictures, "b c 1 h w -> 1 c b h w") for name, pictures in rows.items()}
         marks = [[""]]
     pictures = [data.to_pixels(videos[i]) for i in range(len(marks)) for videos in rows.values()]
-    labels = [[f"{name} {first}", *others] for first, *others in marks for name in rows]
+    labels = [[f"{name}, {first}" if first else name, *others] for first, *others in marks for name in rows]
     sheet = "final.png" if step == args.max_steps else f"{step:06d}.png"
     data.contact_sheet(pictures, 2, labels).save(path(sheet))
 

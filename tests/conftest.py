@@ -58,7 +58,7 @@ def restless_weights(small_weights, tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.unet.named_parameters():
         if is_temporal(name):
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     path = str(tmp_path_factory.mktemp("weights") / "restless.safetensors")
     save_weights(path, model, torch.float32)
     return path

@@ -196,7 +196,7 @@ def test_planted_faults_are_found_and_nothing_else_is(tmp_path):
     assert {name: reason for name, (reason, _) in dropped.items()} == {
         "b again.mp4/000": "duplicate", "frozen.mp4/001": "frozen", "short.mp4/000": "short"}
     assert {path.name: Image.open(path).width for path in out.glob("*.png")} == {
-        f"dropped_{reason}.png": 8 * 96 for reason in ("duplicate", "frozen", "short")}
+        f"dropped_{reason}.png": 8 * (96 + 4) for reason in ("duplicate", "frozen", "short")}
 
 
 # --- a prepared folder --------------------------------------------------------------------------------------
