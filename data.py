@@ -116,7 +116,7 @@ def sky_clips(path, encode, seeds, frames, size, key):
     return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
                  lambda i, places: latents[i][:, places].float(),
                  lambda i, start, place: worlds[i].prompt(frames[0] + start * frames.step,
-                                                        frames[0] + place * frames.step))
+                                                          frames[0] + place * frames.step))
 
 
 # --- your own videos ----------------------------------------------------------------------------------------
