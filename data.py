@@ -44,6 +44,7 @@ class Clips:
     lengths: np.ndarray              # frames of each clip
     read: callable                   # (clip, rising places (n,)) -> latents of those frames, (4, n, h, w)
     caption: callable                # (clip, start, place) -> the prompt at a place of a video begun at start
+    changes: callable = lambda clip: np.array([], int)    # (clip) -> places where the prompt changes
     context: callable = None         # (clip) -> text embedding (77, d), if cached
     key: str = None                  # a hash of everything that batches depend on beyond the command line
 
@@ -63,9 +64,13 @@ class Clips:
                 raise ValueError(f"a window over {reach(window) + 1} frames fits in no clip, the longest has "
                                  f"{self.lengths.max()}: ask for shorter --frames")
             clip = int(pick(np.flatnonzero(room > 0)))
-            start = int(rng.integers(room[clip])) - window.frames[0]
-            first, last = (self.caption(clip, start, start + window.new[i]) for i in (0, -1))
-            if first == last:                                    # sampling cuts windows at a new prompt, too
+            starts = np.arange(room[clip]) - window.frames[0]
+            changes = self.changes(clip) - starts[:, None]       # as frames of the plan
+            # a prompt matters most where it is new: half of the time, it changes just before the new frames
+            turns = starts[((max(window.given, default=0) < changes) & (changes <= window.new[0])).any(1)]
+            start = int(pick(turns if len(turns) and rng.random() < 0.5 else starts))
+            first, end = (self.caption(clip, start, start + window.new[i]) for i in (0, -1))
+            if first == end:                                     # sampling cuts windows at a new prompt, too
                 rows.append((window, clip, start))
         return self.batch(rows)
 
@@ -116,7 +121,8 @@ def sky_clips(path, encode, seeds, frames, size, key):
     return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
                  lambda i, places: latents[i][:, places].float(),
                  lambda i, start, place: worlds[i].prompt(frames[0] + start * frames.step,
-                                                          frames[0] + place * frames.step))
+                                                          frames[0] + place * frames.step),
+                 lambda i: (worlds[i].rushes - frames[0]) // frames.step)
 
 
 # --- your own videos ----------------------------------------------------------------------------------------
@@ -376,7 +382,8 @@ def cached_clips(folder, model, stage, split=None, drop=None):
     return Clips(names, np.array([clips[name]["frames"] for name in names]),
                  lambda i, places: load_file(files[i])["latents"][:, places].float(),
                  lambda i, start, place: clips[names[i]]["caption"],
-                 lambda i: load_file(files[i])["context"].float(), checksum({}, str(names), str(notes)))
+                 context=lambda i: load_file(files[i])["context"].float(),
+                 key=checksum({}, str(names), str(notes)))
 
 
 def scoring_batches(clips, shapes, count=4):
@@ -550,7 +557,7 @@ class SkyWorld:
         rng, frame = np.random.default_rng([20230712, seed]), 0
         self.rushes, self.skipped = np.array([], int), np.array([])    # first frames; parts of a day
         while restless and frame < 2 * DAY:
-            frame += rng.integers(40, 100)    # over RUSH: one rush is over before the next begins
+            frame += rng.integers(100, 240)   # longer than most windows, and than a rush
             now = self.hour(frame)
             goal = TIMES[rng.choice([name for name in TIMES if name != time_of_day(now)])]
             self.rushes = np.append(self.rushes, frame)
