@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import sample
 from diffusion import NoiseSchedule, frame_noise
-from model import is_temporal, load_weights, save_weights
+from model import TINY_WEIGHTS, is_temporal, load_weights, save_weights
 from schedule import autoregressive, hierarchical, joint
 from test_long import dies_at, no_films, run   # noqa: F401
 
@@ -156,6 +156,25 @@ def test_pictures_are_cropped_and_turned_and_one_that_fits_comes_back_unchanged(
     Image.fromarray(wide).save(tmp_path / "wide.png", exif=turned)
     image = sample.read_image(str(tmp_path / "wide.png"), 64)
     assert image.shape == (3, 1, 64, 64) and image[0, 0, 5, 5] == 1 and image[0, 0, 60, 5] == -1
+
+
+def test_the_prompt_is_the_users_or_that_of_the_world_or_one_the_weights_know(small_weights):
+    """In this order; weights trained on clips of one's own name a caption of those."""
+    model = load_weights(small_weights)
+    prompt = lambda *argv: sample.read_inputs(sample.parse(argv), model, [0])[1][0]
+    assert prompt("--seed", "4") == data.SkyWorld(4).caption() != prompt()
+    model.about["prompt"] = "a street"
+    assert prompt() == "a street" and prompt("--prompt", "x", "--world", "2") == "x"
+    assert prompt("--world", "2") == data.SkyWorld(data.SPLITS["test"] + 2).caption()
+
+
+def test_a_picture_that_the_vae_cannot_give_back_is_mentioned(tmp_path, capsys):
+    """The shipped VAE knows skies, and nothing of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name, picture in ("noise", noise), ("sky", data.to_pixels(data.SkyWorld(0).video([0]))[0]):
+        Image.fromarray(picture).save(tmp_path / "picture.png")
+        run(tmp_path / name, TINY_WEIGHTS, "--image", str(tmp_path / "picture.png"), frames=2)
+        assert ("cannot give the picture of frame 0 back" in capsys.readouterr().out) == (name == "noise")
 
 
 def test_stage_files_make_the_windows_of_their_stage_and_untrained_layers_are_mentioned(
