@@ -2,14 +2,13 @@
 
     python data.py --prepare VIDEOS --out DIR     turn a folder of videos into a folder of clips
     python data.py --check DIR                    show what is in it, and what each training stage finds there
-    python data.py --cache DIR --weights FILE     encode the clips, for train.py --data DIR
     python data.py --drop_hardest 0.1 --scores A.csv --out drop.txt    list clips that cannot be learned
     python data.py --preview sheet.png            draw six sky worlds
 
-A batch is a dict: latents (b, 4, f, h, w); frames (b, f), their numbers in the plan; given (b, f), which of
-them exist already; user (b, f), which of those the user gave; captions, a list of b; and context (b, 77, d),
-if the text embeddings are cached. A batch is a pure function of (seed, step), so a resumed run sees what an
-uninterrupted run would have seen.
+A batch is a dict: x0 (b, 4, f, h, w), latents, or pictures (b, 3, 1, H, W) for the VAE; frames (b, f), their
+numbers in the plan; given (b, f), which of them exist already; user (b, f), which of those the user gave; and
+captions, a list of b. A batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted
+run would have seen.
 """
 import argparse
 import csv
@@ -42,16 +41,15 @@ class Clips:
     """Clips to draw batches from, wherever their frames are stored."""
     names: list
     lengths: np.ndarray              # frames of each clip
-    read: callable                   # (clip, rising places (n,)) -> latents of those frames, (4, n, h, w)
+    read: callable                   # (clip, rising places (n,)) -> latents or pictures, (c, n, h, w)
     caption: callable                # (clip, start, place) -> the prompt at a place of a video begun at start
     changes: callable = lambda clip: np.array([], int)    # (clip) -> places where the prompt changes
-    context: callable = None         # (clip) -> text embedding (77, d), if cached
     key: str = None                  # a hash of everything that batches depend on beyond the command line
 
     def windows(self, shapes, seed, step, batch_size):
-        """A batch of random windows of a plan, all with the same number of frames, at random places of clips.
-
-        shapes: [(share, windows)], from `schedule.window_shapes`. ValueError if a window fits in no clip."""
+        """A batch of random windows of a plan, all of as many frames, at random places of clips. Where the
+        prompt can change between the given and the new frames, it does half of the time. shapes: [(share,
+        windows)], from `schedule.window_shapes`. ValueError if a window fits in no clip."""
         rng = np.random.default_rng([seed, step])
         pick = lambda options: options[rng.integers(len(options))]
         shares, rows = np.array([share for share, _ in shapes]), []
@@ -65,13 +63,13 @@ class Clips:
                                  f"{self.lengths.max()}: ask for shorter --frames")
             clip = int(pick(np.flatnonzero(room > 0)))
             starts = np.arange(room[clip]) - window.frames[0]
-            changes = self.changes(clip) - starts[:, None]       # as frames of the plan
-            # a prompt matters most where it is new: half of the time, it changes just before the new frames
-            turns = starts[((max(window.given, default=0) < changes) & (changes <= window.new[0])).any(1)]
-            start = int(pick(turns if len(turns) and rng.random() < 0.5 else starts))
-            first, end = (self.caption(clip, start, start + window.new[i]) for i in (0, -1))
-            if first == end:                                     # sampling cuts windows at a new prompt, too
-                rows.append((window, clip, start))
+            changes = self.changes(clip) - starts[:, None]       # (starts, changes), as frames of the plan
+            between = lambda a, b: ((a < changes) & (changes <= b)).any(axis=1)
+            whole = ~between(window.new[0], window.new[-1])      # sampling cuts windows at a new prompt, too
+            fresh = whole & between(max(window.given, default=0), window.new[0])
+            if whole.any():
+                start = pick(starts[fresh if fresh.any() and rng.random() < 0.5 else whole])
+                rows.append((window, clip, int(start)))
         return self.batch(rows)
 
     def batch(self, rows):
@@ -79,21 +77,10 @@ class Clips:
         frames = torch.tensor([window.frames for window, _, _ in rows])
         given = torch.tensor([[frame in window.given for frame in window.frames] for window, _, _ in rows])
         first = torch.tensor([[window.depth == 0] for window, _, _ in rows])   # nothing is made before these
-        latents = [self.read(clip, row + start) for row, (_, clip, start) in zip(frames, rows)]
+        x0 = [self.read(clip, row + start) for row, (_, clip, start) in zip(frames, rows)]
         captions = [self.caption(clip, start, start + window.new[0]) for window, clip, start in rows]
-        batch = {"latents": torch.stack(latents), "frames": frames, "given": given,
-                 "user": given & ((frames == 0) | first), "captions": captions}
-        if self.context:
-            batch["context"] = torch.stack([self.context(clip) for _, clip, _ in rows])
-        return batch
-
-
-def picture_batch(split, seed, step, batch_size, size, per_world=4):
-    """Pictures (b, 3, H, W) in [-1, 1]: random moments of a few random sky worlds of a split."""
-    rng = np.random.default_rng([seed, step])
-    world = lambda: SkyWorld(SPLITS[split] + int(rng.integers(900_000)), size)
-    pictures = [world().video(rng.integers(0, 4 * DAY, per_world)) for _ in range(0, batch_size, per_world)]
-    return torch.cat(pictures, dim=1)[:, :batch_size].transpose(0, 1).contiguous()
+        return {"x0": torch.stack(x0), "frames": frames, "given": given,
+                "user": given & ((frames == 0) | first), "captions": captions}
 
 
 def made_from(path):
@@ -106,23 +93,23 @@ def made_from(path):
 
 
 def sky_clips(path, encode, seeds, frames, size, key):
-    """Clips of the same moments (frames, a range) of many sky worlds (a range of seeds), encoded once: video
-    (1, 3, f, H, W) -> latents (1, 4, f, h, w). A file made with another key is made again."""
+    """Clips of the same moments (frames, a range) of many sky worlds (a range of seeds), made once: `encode`
+    makes videos (1, 3, f, H, W) into what clips hold. A file made with another key is made again."""
     note = f"{key} {seeds} {frames} {size}"
     # in videos the light of every second world is restless, so that captions change and the video follows
     worlds = [SkyWorld(seed, size, restless=frames.step == 1 and seed % 2 == 1) for seed in seeds]
     if made_from(path) != note:
-        latents = torch.cat([encode(world.video(np.array(frames))[None]).half()
-                             for world in tqdm(worlds, desc="encoding worlds", unit="world")])
+        x0 = torch.cat([encode(world.video(np.array(frames))[None]).half()
+                        for world in tqdm(worlds, desc="drawing worlds", unit="world")])
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with complete(path) as unfinished:
-            save_file({"latents": latents}, unfinished, metadata={"about": note})
-    latents = load_file(path)["latents"]    # (worlds, 4, f, h, w)
+            save_file({"x0": x0}, unfinished, metadata={"about": note})
+    x0 = load_file(path)["x0"]    # (worlds, c, f, h, w)
     return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
-                 lambda i, places: latents[i][:, places].float(),
+                 lambda i, places: x0[i][:, places].float(),
                  lambda i, start, place: worlds[i].prompt(frames[0] + start * frames.step,
                                                           frames[0] + place * frames.step),
-                 lambda i: (worlds[i].rushes - frames[0]) // frames.step)
+                 lambda i: worlds[i].rushes)
 
 
 # --- your own videos ----------------------------------------------------------------------------------------
@@ -130,7 +117,7 @@ def sky_clips(path, encode, seeds, frames, size, key):
 #   DIR/clips/SOURCE/000/00001.png      the first clip of a video, GIF or folder of pictures
 #   DIR/clips/SOURCE/000.txt, 000.json  its caption, yours to edit, and where it comes from
 #   DIR/dropped.csv                     clips to leave out, and why; dropped_REASON.png shows them
-#   DIR/cache/SOURCE/000.safetensors    its latents and text embedding
+#   DIR/cache/KEY/SOURCE/000.safetensors    its latents; KEY: of a VAE
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ALIKE = 0.9         # clips whose edges correlate more are duplicates
@@ -260,9 +247,14 @@ def read_clips(folder, kept=True):
     return clips
 
 
+def pictures_of(folder, name):
+    """The files of a clip, in order."""
+    return sorted(Path(folder, "clips", name).glob("*.png"))
+
+
 def moments(folder, name, n, size):
     """n frames of a clip, from its first to its last, small: (n, size, size, 3) uint8."""
-    paths = sorted(Path(folder, "clips", name).glob("*.png"))
+    paths = pictures_of(folder, name)
     places = np.linspace(0, len(paths) - 1, n).round().astype(int)
     return np.stack([np.array(Image.open(paths[i]).convert("RGB").resize((size, size))) for i in places])
 
@@ -289,7 +281,7 @@ def drop_clips(folder, refused):
         edges /= np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-3) * 5 ** 0.5
         twins = [names[j] for j in np.flatnonzero(seen[:i] @ edges.ravel() > ALIKE)
                  if clips[names[j]]["source"] != clip["source"]]
-        if clip["frozen"] or clip["frames"] < shortest_clip("extrap"):
+        if clip["frozen"] or clip["frames"] < 5:    # two given, three between
             rows.append((name, "frozen" if clip["frozen"] else "short", ""))
         elif twins:
             rows.append((name, "duplicate", twins[0]))
@@ -319,78 +311,81 @@ def check(folder):
         shapes = window_shapes(stage, min(121, longest)) if longest >= shortest_clip(stage) else []
         spans = [reach(window) for _, windows in shapes for window in windows]
         places = [sum(max(0, frames - span) for span in spans) for frames in lengths]    # in each clip
-        counts = shortest_clip(stage), len(spans), np.count_nonzero(places), sum(places)
-        print("{:8s} {:5d} {:8d} {:6d} {:7d}".format(stage, *counts))
+        fits, needs = sum(map(bool, places)), shortest_clip(stage)
+        print(f"{stage:8s} {needs:5d} {len(spans):8d} {fits:6d} {sum(places):7d}")
+    print("clips that hold every window of a video of",
+          ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)))
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
 
 
-def encoders_key(model):
-    """A checksum of all that latents and text embeddings depend on: VAE, text encoder and config."""
-    tensors = model.vae.state_dict(prefix="vae.") | model.text.state_dict(prefix="text.")
-    return checksum(tensors, str(model.config), str(model.tokenizer.merges))
+def latents_key(model):
+    """A checksum of all that latents depend on but the pictures."""
+    return checksum(model.vae.state_dict(), str(model.config.latent_mean), str(model.config.latent_std))
 
 
 @torch.no_grad()
-def cache(folder, weights):
-    """Keep latents and text embeddings of all clips on disk, in float16. Returns how many were made anew."""
-    model, (device, _) = load_weights(weights), choose_device()
-    model.to(device)
-    key, made, clips = encoders_key(model), 0, read_clips(folder)
-    for name, clip in tqdm(clips.items(), desc="encoding", unit="clip"):
-        pictures = sorted(Path(folder, "clips", name).glob("*.png"))
+def cache(folder, model, device):
+    """Keep latents of all clips of a prepared folder on disk, in float16. What did not change stays."""
+    home, key = next(model.vae.parameters()).device, latents_key(model)
+    model.vae.to(device)
+    for name in tqdm(read_clips(folder), desc="encoding clips", unit="clip"):
+        pictures, path = pictures_of(folder, name), Path(folder, "cache", key, f"{name}.safetensors")
         content = hashlib.sha256(b"".join(picture.read_bytes() for picture in pictures)).hexdigest()
-        # a file notes what it was made from, and is made anew if that has changed
-        note = json.dumps({"pictures": content, "caption": clip["caption"], "weights": key})
-        path = Path(folder, "cache", f"{name}.safetensors")
-        if made_from(path) != note:
-            video = torch.cat([from_pixels(Image.open(picture)) for picture in pictures], dim=1)[None]
-            latents, context = model.vae.encode(video.to(device)), model.context([clip["caption"]])
-            tensors = {"latents": latents[0].half().cpu().contiguous(), "context": context[0].half().cpu()}
+        if made_from(path) != content:
+            parts = [read_pictures(pictures[i:i + 16]) for i in range(0, len(pictures), 16)]
+            latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
             path.parent.mkdir(parents=True, exist_ok=True)
             with complete(path) as unfinished:
-                save_file(tensors, unfinished, metadata={"about": note})
-            made += 1
-    print(f"{made} of {len(clips)} clips needed encoding; latents in {folder}/cache")
-    return made
+                save_file({"x0": latents[0].half()}, unfinished, {"about": content})
+    model.vae.to(home)
 
 
-def cached_clips(folder, model, stage, split=None, drop=None):
-    """Encoded clips of a prepared folder, long enough for a stage. ValueError if they are out of date.
+def folder_clips(folder, model, stage, split=None, drop=None):
+    """Clips of a prepared folder: pictures for the VAE, else latents, which `cache` has made.
 
-    split: "val" is a twentieth of the sources, by a hash of their names, "train" the others (a single source
-    is both). drop: a list by --drop_hardest of clips not to train on; they still validate."""
-    clips, needed, key = read_clips(folder), shortest_clip(stage), encoders_key(model)
-    dropped = set(Path(drop).read_text("utf-8").split("\n")) - {""} if drop and split == "train" else set()
-    if gone := dropped - clips.keys():
+    split: "train", "val", or None for all. About one source in twenty validates, by a hash of its name, and
+    the last tenth of long clips: what else is in the folder does not count. drop: a list by --drop_hardest of
+    clips not to train on. ValueError if no clip is long enough, or they have not the model's size."""
+    clips, needed, parts = read_clips(folder), shortest_clip(stage), {}    # {name: range of frames}
+    left_out = set(Path(drop).read_text("utf-8").split("\n")) - {""} if drop else set()
+    if gone := left_out - clips.keys():
         raise ValueError(f"{drop} names clips that are gone, such as {min(gone)}: make the list again")
-    names = [name for name in clips if clips[name]["frames"] >= needed]
-    sources = sorted({clips[name]["source"] for name in names}, key=lambda name: zlib.crc32(name.encode()))
-    if split and len(sources) > 1:
-        held_out = sources[:max(1, len(sources) // 20)]
-        names = [name for name in names if (clips[name]["source"] in held_out) == (split == "val")]
-    names = [name for name in names if name not in dropped]
-    if not names:
+    for name, clip in clips.items():
+        end, held_out = clip["frames"], zlib.crc32(clip["source"].encode()) % 20 == 0
+        tail = end // 10 if end >= 190 else 0                              # 19 hold windows of all stages
+        border = 0 if held_out else end - tail
+        part = {"train": range(border), "val": range(border, end), None: range(end)}[split]
+        if len(part) >= needed and (split == "val" or name not in left_out):
+            parts[name] = part
+    if not parts and split:
+        print(f"no clip of {folder} is kept apart: the same ones train and validate")
+        return folder_clips(folder, model, stage, None, drop)
+    if not parts:
         raise ValueError(f"no clip of {folder} is left to train on: --stage {stage} needs {needed} frames, "
                          f"see data.py --check {folder}")
-    files = [Path(folder, "cache", f"{name}.safetensors") for name in names]
-    notes = [json.loads(made_from(file) or "{}") for file in files]
-    for name, note in zip(names, notes):
-        if (note.get("caption"), note.get("weights")) != (clips[name]["caption"], key):
-            raise ValueError(f"the latents of clip {name} are missing or were made with other weights or "
-                             f"captions: run python data.py --cache {folder} --weights FILE with this model")
-    # load_file maps the file into memory: only the frames of the window are read from the disk
-    return Clips(names, np.array([clips[name]["frames"] for name in names]),
-                 lambda i, places: load_file(files[i])["latents"][:, places].float(),
-                 lambda i, start, place: clips[names[i]]["caption"],
-                 context=lambda i: load_file(files[i])["context"].float(),
-                 key=checksum({}, str(names), str(notes)))
+    names, size = list(parts), model.config.size
+    if Image.open(pictures_of(folder, names[0])[0]).width != size:
+        raise ValueError(f"the clips of {folder} have not the size of the model: prepare with --size {size}")
+    files = [Path(folder, "cache", latents_key(model), f"{name}.safetensors") for name in names]
+
+    def read(i, places):
+        places = places + parts[names[i]].start
+        if stage == "vae":
+            return read_pictures([pictures_of(folder, names[i])[place] for place in places])
+        # load_file maps the file into memory: only the frames of the window are read from the disk
+        return load_file(files[i])["x0"][:, places].float()
+
+    found = [(name, parts[name], clips[name]["caption"], "" if stage == "vae" else made_from(file))
+             for name, file in zip(names, files)]
+    return Clips(names, np.array([len(part) for part in parts.values()]), read,
+                 lambda i, start, place: clips[names[i]]["caption"], key=checksum({}, str(found)))
 
 
 def scoring_batches(clips, shapes, count=4):
-    """Yield (name, batch) of every clip that holds a window: the same windows at the same relative places."""
+    """Yield (name, batch) of clips of 19 frames or more: the same windows at the same relative places."""
     order = lambda window: (reach(window), window.frames, window.new)
     windows = {order(window): window for _, windows in shapes for window in windows}
-    scored = np.flatnonzero(clips.lengths > min(windows)[0])
+    scored = np.flatnonzero(clips.lengths >= max(min(windows)[0] + 1, min(19, clips.lengths.max())))
     fitting = [windows[key] for key in sorted(windows) if key[0] < clips.lengths[scored].min()]
     commonest = mode(len(window.frames) for window in fitting)
     alike = [window for window in fitting if len(window.frames) == commonest]
@@ -431,6 +426,11 @@ def to_pixels(video):
 def from_pixels(image):
     """A Pillow picture -> tensor (3, 1, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, None].float() / 127.5 - 1
+
+
+def read_pictures(paths):
+    """Files of pictures of one size -> tensor (3, f, H, W) in [-1, 1]."""
+    return torch.cat([from_pixels(Image.open(path)) for path in paths], dim=1)
 
 
 def contact_sheet(rows, scale=1, labels=()):
@@ -554,14 +554,14 @@ class SkyWorld:
         self.heights = rng.uniform(0.14, 0.52, n)                                       # y at frame 0 and
         self.sinking = rng.uniform(-0.06, 0.06, n) / 64                                 # its speed
         self.cells = (np.arange(size) + 0.5) / size * 256 - 0.5    # pixels on the textures
-        rng, frame = np.random.default_rng([20230712, seed]), 0
+        rng, frame, told = np.random.default_rng([20230712, seed]), 0, time_of_day(self.start)
         self.rushes, self.skipped = np.array([], int), np.array([])    # first frames; parts of a day
         while restless and frame < 2 * DAY:
             frame += rng.integers(100, 240)   # longer than most windows, and than a rush
             now = self.hour(frame)
-            goal = TIMES[rng.choice([name for name in TIMES if name != time_of_day(now)])]
+            told = rng.choice([name for name in TIMES if name not in (told, time_of_day(now))])
             self.rushes = np.append(self.rushes, frame)
-            self.skipped = np.append(self.skipped, sideways(rng.uniform(*goal), now))    # the shorter way
+            self.skipped = np.append(self.skipped, sideways(rng.uniform(*TIMES[told]), now))   # shorter way
 
     @property
     def scenery(self):
@@ -683,7 +683,7 @@ def main(argv=None):
     elif args.check:
         check(args.check)
     elif args.cache:
-        cache(args.cache, args.weights)
+        cache(args.cache, load_weights(args.weights), choose_device()[0])
     elif args.preview:
         worlds = [SkyWorld(args.seed + i, args.size) for i in range(6)]
         rows = [to_pixels(world.video(np.arange(0, 121, 15))) for world in worlds]

@@ -75,8 +75,7 @@ PRESETS = {
     "tiny": Config(
         name="tiny", size=64, prediction="v", zero_terminal_snr=True, widths=(64, 96, 96), res_blocks=1,
         attention_levels=(1, 2), heads=4, emb_dim=128, temporal_emb_dim=128, vae_widths=(48, 64), vae_patch=2,
-        vae_res_blocks=1, vae_groups=16, text_width=64, text_layers=2, text_heads=4, vocabulary=514),
-}
+        vae_res_blocks=1, vae_groups=16, text_width=64, text_layers=2, text_heads=4, vocabulary=514)}
 
 
 # --- the lesson: time, added to an image model --------------------------------------------------------------
@@ -739,13 +738,14 @@ class Tokenizer:
         self.start, self.end = len(vocabulary), len(vocabulary) + 1
 
     @classmethod
-    def learn(cls, texts):
-        """One with a token for every word of these texts: the commonest pair of neighbours becomes a symbol,
-        again and again (Sennrich et al. 1508.07909)."""
+    def learn(cls, texts, most=1000):
+        """At most so many merges, to make every word of texts a token: the commonest pair of neighbours
+        becomes a symbol, again and again (Sennrich et al. 1508.07909)."""
         tokenizer, words = cls(), {word for text in texts for word in cls.words(text)}
-        while pairs := Counter(pair for word in words for pair in pairwise(tokenizer.pieces(word))):
+        while len(tokenizer.merges) < most and (
+                pairs := Counter(pair for word in words for pair in pairwise(tokenizer.pieces(word)))):
             tokenizer = cls([*tokenizer.merges, " ".join(max(sorted(pairs), key=pairs.get))])
-        return tokenizer
+        return tokenizer.merges
 
     @staticmethod
     def words(text):
@@ -791,6 +791,7 @@ class Model:
     text: TextEncoder
     tokenizer: Tokenizer
     about: dict = field(default_factory=dict)
+    remembered: dict = field(default_factory=dict)      # {caption: text embedding}, by a frozen text encoder
 
     @classmethod
     def build(cls, config, merges=()):
@@ -807,11 +808,10 @@ class Model:
                 for name, tensor in network.state_dict().items()}
 
     def to(self, device, parts=("unet", "vae", "text")):
-        """Move networks; returns self. The UNet's convs are faster with the channels last in memory."""
+        """Move networks. The UNet's convs are faster with the channels last in memory."""
         for part in parts:
             self.networks()[part].to(device)
         self.unet.to(memory_format=torch.channels_last)
-        return self
 
     def context(self, prompts):
         """Text embeddings of a list of prompts: (n, 77, d)."""

@@ -226,16 +226,17 @@ def reach(window) -> int:
 
 def shortest_clip(stage) -> int:
     """The fewest frames in which any window of a stage fits."""
-    return {"starter": 2, "extrap": 19, "interp": 3, "video": 2}[stage]   # 19: autoregressive, frames 0 to 18
+    # 19: autoregressive, frames 0 to 18
+    return {"vae": 1, "image": 1, "starter": 2, "extrap": 19, "interp": 3, "video": 2}[stage]
 
 
 def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     """What a stage trains on: [(share, windows)], lists of windows and how often to draw from each.
 
     They are the windows of plans for n_frames, a half and a quarter of it; equal but for a shift, they count
-    once. "video" is all stages, "image" a single frame. The window that starts a video is drawn often: all
-    others build on it."""
-    if stage == "image":
+    once. "video" is all stages; "vae" and "image" see single frames. The window that starts a video is drawn
+    often: all others build on it."""
+    if stage in ("vae", "image"):
         return [(1, [FIRST_FRAME])]
     needed = shortest_clip(stage)
     if n_frames < needed:

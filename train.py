@@ -43,8 +43,8 @@ from schedule import window_shapes
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # defaults of each stage: steps, batch size, peak learning rate, worlds, frames
-DEFAULTS = {"vae": (3000, 16, 2e-3, 0, 121), "image": (4000, 32, 1e-3, 4096, 121),
-            "video": (6500, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
+DEFAULTS = {"vae": (3000, 16, 2e-3, 1024, 121), "image": (6000, 32, 1e-3, 4096, 121),
+            "video": (10_000, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
             "extrap": (400, 6, 2e-3, 128, 121), "interp": (240, 6, 2e-3, 96, 121)}
 SD15_DEFAULTS = (20_000, 1, 1e-4, 0, 121)         # of its video stages: a place to start from, not measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,7 +91,7 @@ def parse(argv):
     flag("--profile", action="store_true", help="say where the time of steps 4 to 6 goes; writes trace.json")
     flag("--save_every", type=int, metavar="N", help="validate, draw and save so often; default by length")
     flag("--dry_run", action="store_true", help="print what would be trained and its memory, and stop")
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, argparse.Namespace(clips=""))   # later: a checksum of the clips of --data
     sd15 = args.preset == "sd15"
     names = ("max_steps", "batch_size", "learning_rate", "worlds", "frames")
     defaults = dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage]))
@@ -101,9 +101,11 @@ def parse(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.save_every = args.save_every or min(max(20, args.max_steps // 4), 250)
-    for name in ("data", "export", "lora_rank", "pipeline", "dry_run"):
+    for name in ("export", "score", "lora_rank", "pipeline", "dry_run"):
         if getattr(args, name) and args.stage not in VIDEO_STAGES:
             raise ValueError(f"--{name} is for video stages, found --stage {args.stage}: leave --{name} out")
+    if sd15 and not args.dry_run and not (args.data and args.stage in VIDEO_STAGES):
+        raise ValueError("--preset sd15 trains video stages on your own clips: add --data DIR, see data.py")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give the folder as --data")
     if not (args.resume or args.score or args.dry_run) and os.path.exists(f"{args.out}/ckpt.pt"):
@@ -115,11 +117,11 @@ def parse(argv):
 def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet=None):
     """Noise the new frames of windows, let the UNet denoise them, and measure how wrong it is.
 
-    batch: latents (b, 4, f, h, w), frames, given and user (b, f), captions. seed: of the noise. part: the
+    batch: x0 (b, 4, f, h, w), frames, given and user (b, f), captions. seed: of the noise. part: the
     examples of the batch to compute. levels: (t_new, t_given), fixed, for validation. unet: in place of the
     model's, for --pipeline. Returns what to descend on, and the mean squared error."""
-    unet, schedule = unet or model.unet, model.unet.schedule
-    x0, given, user, b = batch["latents"], batch["given"], batch["user"], len(batch["latents"])
+    unet, schedule = unet or model.unet, model.unet.schedule.to(batch["x0"].device)
+    x0, given, user, b = batch["x0"], batch["given"], batch["user"], len(batch["x0"])
     generator, device = torch.Generator().manual_seed(seed), x0.device
     eps = torch.randn(x0.shape, generator=generator).to(device)
 
@@ -158,7 +160,7 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
 def vae_loss(model, batch, seed, args, part=slice(None)):
     """How badly the VAE gives pictures back: L1, L1 of the differences between neighbours, which keeps edges
     sharp, and a little KL (Rombach et al. 2112.10752, without the discriminator)."""
-    images = batch["images"]
+    images = batch["x0"].squeeze(2)                           # (b, 3, H, W)
     mean, log_variance = model.vae.moments(images[part])
     log_variance = log_variance.clamp(-30, 20)                # SD's bounds: exp() must not overflow
     eps = torch.randn((len(images), *mean.shape[1:]), generator=torch.Generator().manual_seed(seed))
@@ -188,9 +190,7 @@ def main(argv=None):
     part = batch_part(args, rank, world)
     model = prepare_model(args)
     trainable = freeze_the_rest(model, args)
-    # --data brings latents and text embeddings: the VAE and the text encoder can stay on the CPU
-    model.to(device, ("unet",) if args.data else ("unet", "vae", "text"))
-    model.unet.schedule.to(device)
+    model.to(device, ("unet",) if args.preset == "sd15" else ("unet", "vae", "text"))   # to leave room
     count = sum(parameter.numel() for parameter in trainable.values())
     print(f"stage {args.stage} on {device} ({why}): {args.max_steps} steps, {count:,} trainable parameters")
     if args.score:
@@ -271,7 +271,7 @@ def main(argv=None):
     progress.close()
     if rank == 0:
         with averaged(ema, trainable):
-            finish(model, args, sum(row["seconds"] for row in log) / 60, row["val_loss"])
+            finish(model, next_batch, args, sum(row["seconds"] for row in log) / 60, row["val_loss"])
     if world > 1:
         dist.destroy_process_group()
 
@@ -284,20 +284,21 @@ def prepare_model(args):
         return Model.build(PRESETS[args.preset])
     if args.stage == "image":                             # a fresh UNet and text encoder around a trained VAE
         config, _, about, tensors = read_weights(args.weights)
-        captions = (data.SkyWorld(i).caption(30 * i) for i in range(args.worlds))    # at all times of day
-        merges = Tokenizer.learn(captions).merges                                    # a token for every word
+        captions = [clip["caption"] for clip in data.read_clips(args.data).values()] if args.data else [
+            data.SkyWorld(i).caption(30 * i) for i in range(args.worlds)]            # at all times of day
+        merges = Tokenizer.learn(captions)                                           # a token for every word
         model = Model.build(replace(config, vocabulary=514 + len(merges)), merges)
+        model.about = {"recipes": about["recipes"]} | ({"prompt": captions[0]} if args.data else {})
         fill(model, tensors, args.weights, only=lambda key: key.startswith(PREFIXES["vae"]))
     else:
         model = load_weights(args.weights, args.preset)
-        about, tensors = model.about, Model.build(model.config).state()   # fresh temporal layers, at first
+        tensors = Model.build(model.config).state()                   # fresh temporal layers, at first
         if args.temporal:
-            about, tensors = read_weights(args.temporal)[2:]
+            model.about, tensors = read_weights(args.temporal)[2:]    # it tells of its image model, too
         if args.temporal or not args.score:
             fill(model, tensors, args.temporal, only=is_temporal)
         if args.lora_rank:
             add_lora(model.unet, args.lora_rank)
-    model.about = {"recipes": about.get("recipes", [])}   # those of --temporal include the image model's
     return model
 
 
@@ -322,22 +323,18 @@ def freeze_the_rest(model, args):
 
 def prepare_data(args, model, split, device):
     """A function (number) -> batch on the CPU, from the training or validation clips of a stage."""
-    size = model.config.size
-    if args.stage == "vae":
-        return lambda number: {"images": data.picture_batch(split, args.seed, number, args.batch_size, size)}
     if args.data:
-        clips = data.cached_clips(args.data, model, args.stage, split, args.drop)
-        args.clips = clips.key                            # for the checkpoint: a run keeps its clips
-        print(f"{len(clips.names)} clips of {args.data} to {'train' if split == 'train' else 'validate'} on")
-    elif args.preset == "sd15":
-        raise ValueError("--preset sd15 trains on your own clips: encode them (data.py --cache), add --data")
+        clips = data.folder_clips(args.data, model, args.stage, split, args.drop)
+        args.clips = checksum({}, args.clips, clips.key, *model.tokenizer.merges)    # a run keeps its clips
+        print(f"{split}: {sum(clips.lengths)} frames of {len(clips.names)} clips in {args.data}")
     else:
-        few = args.worlds if split == "train" else min(16, args.worlds)
-        worlds = range(data.SPLITS[split], data.SPLITS[split] + few)
-        frames = range(0, data.DAY, data.DAY // 8) if args.stage == "image" else range(args.frames)
-        path = os.path.join(os.path.dirname(args.out), "cache", f"{split}_{few}x{len(frames)}.safetensors")
-        encode = lambda video: model.vae.encode(video.to(device)).cpu()
-        clips = data.sky_clips(path, encode, worlds, frames, size, checksum(model.vae.state_dict()))
+        n = args.worlds if split == "train" else min(16, args.worlds)
+        worlds = range(data.SPLITS[split], data.SPLITS[split] + n)
+        frames = range(args.frames) if args.stage in VIDEO_STAGES else range(0, data.DAY, data.DAY // 8)
+        encode = lambda video: video if args.stage == "vae" else model.vae.encode(video.to(device)).cpu()
+        key = "pictures" if args.stage == "vae" else data.latents_key(model)
+        path = os.path.join(os.path.dirname(args.out), "cache", f"{key}_{split}{n}x{len(frames)}.safetensors")
+        clips = data.sky_clips(path, encode, worlds, frames, model.config.size, key)
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
     return partial(clips.windows, shapes, args.seed, batch_size=args.batch_size)
 
@@ -347,6 +344,8 @@ def prepare_batches(args, model, device, world):
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0     # of its machine: it encodes, the others wait
     if not first:
         dist.barrier()
+    if args.data and args.stage != "vae":
+        data.cache(args.data, model, device)
     val_batch, next_batch = (prepare_data(args, model, split, device) for split in ("val", "train"))
     if first and world > 1:
         dist.barrier()
@@ -355,14 +354,15 @@ def prepare_batches(args, model, device, world):
 
 def embed(model, batch, seed=None):
     """Text embeddings (b, 77, d) of the captions of a batch; with a seed, some captions are dropped."""
-    draws, context, captions = random.Random(seed), batch.get("context"), batch["captions"]
-    dropped = [seed is not None and draws.random() < CAPTION_DROPOUT for _ in captions]
-    if context is None:
-        return model.context(["" if drop else caption for drop, caption in zip(dropped, captions)])
-    if any(dropped):
-        dropped = torch.tensor(dropped, device=context.device)[:, None, None]
-        context = torch.where(dropped, model.context([""]).to(context), context)
-    return context
+    draws, device = random.Random(seed), batch["x0"].device
+    captions = ["" if seed is not None and draws.random() < CAPTION_DROPOUT else caption
+                for caption in batch["captions"]]
+    if any(parameter.requires_grad for parameter in model.text.parameters()):
+        return model.context(captions)
+    for caption in {*captions} - model.remembered.keys():    # a frozen encoder reads a caption only once
+        with torch.autocast(device.type, enabled=False):
+            model.remembered[caption] = model.context([caption])[0]
+    return torch.stack([model.remembered[caption] for caption in captions]).to(device)
 
 
 def to_device(batch, device):
@@ -416,16 +416,16 @@ def sample_sheet(model, batch, step, args, device):
     """A contact sheet: the truth, what the model made of it before the first step, and what it makes now."""
     n, steps = {"vae": (8, 0), "image": (8, 50)}.get(args.stage, (4 if args.preset == "tiny" else 1, 8))
     batch, vae = {key: value[:n] for key, value in batch.items()}, model.vae
-    home = next(vae.parameters()).device                     # with --data, the CPU
+    home = next(vae.parameters()).device                     # for sd15, the CPU
     if args.stage == "vae":
-        truth = batch["images"][:, :, None]
+        truth = batch["x0"]
         made = vae.decode(vae.encode(truth))
     else:
         text, levels = [embed(model, batch)] * 2, ddim_timesteps(steps) + [-1]
         with forward_context(args, device):
-            latents = denoise_window(model.unet, model.unet.schedule, batch["latents"], batch["frames"],
+            latents = denoise_window(model.unet, model.unet.schedule, batch["x0"], batch["frames"],
                                      ~batch["given"], text, levels, seeds=range(n))
-        truth, made = (vae.decode(x.float().to(home)) for x in (batch["latents"], latents))
+        truth, made = (vae.decode(x.float().to(home)) for x in (batch["x0"], latents))
     path = lambda name: os.path.join(args.out, "samples", name)
     os.makedirs(path(""), exist_ok=True)
     rows, before = {"truth": truth}, path("before.safetensors")
@@ -434,7 +434,7 @@ def sample_sheet(model, batch, step, args, device):
     elif os.path.exists(before):                             # not if --resume goes on in another --out
         rows["before"] = load_file(before)["made"]
     rows[f"after {step} steps"] = made
-    marks = [["given" if mark else "" for mark in row] for row in batch.get("given", ())]
+    marks = [["given" if mark else "" for mark in row] for row in batch["given"]]
     if truth.shape[2] == 1:                                  # single pictures, none given: side by side
         rows = {name: rearrange(pictures, "b c 1 h w -> 1 c b h w") for name, pictures in rows.items()}
         marks = [[""]]
@@ -503,8 +503,8 @@ def write_log(rows, args):
     data.line_plot(os.path.join(args.out, "loss.png"), curves, "loss against step", log=True)
 
 
-def finish(model, args, minutes, val):
-    """Write the trained weights, with the recipe that made them."""
+def finish(model, next_batch, args, minutes, val):
+    """Write the trained weights, with the recipe that made them; the VAE's also measure its latents."""
     path, lora = (os.path.join(args.out, f"{name}.safetensors") for name in ("weights", "lora"))
     recipe = {"stage": args.stage, "args": vars(args), "minutes": round(minutes, 1), "val_loss": val}
     about = {"stage": args.stage, "recipes": [*model.about.get("recipes", []), recipe]}
@@ -512,9 +512,7 @@ def finish(model, args, minutes, val):
     kept = {"vae": lambda key: key.startswith(PREFIXES["vae"]), "image": picture}.get(args.stage, is_temporal)
     if args.stage == "vae":
         with torch.no_grad():                 # measure what the other stages will see as latents
-            device = next(model.vae.parameters()).device
-            pictures = (data.picture_batch("train", 1, i, 64, model.config.size) for i in range(16))
-            z = torch.cat([model.vae.moments(part.to(device))[0] for part in pictures])
+            z = torch.cat([model.vae.moments(next_batch(n)["x0"].squeeze(2))[0] for n in range(64)])
         mean, std = (tuple(moment.tolist()) for moment in (z.mean((0, 2, 3)), z.std((0, 2, 3))))
         model.config = replace(model.config, latent_mean=mean, latent_std=std)
     save_weights(path, model, torch.float16 if video else torch.float32, kept, **about)
@@ -586,9 +584,10 @@ def dry_run(args, device, why, mode=FakeTensorMode):
             make_masters(trainable, "meta")
         known = [*model.unet.parameters(), *model.unet.buffers()]   # VAE, text encoder: on the CPU, or tiny
         trained, size = sum(p.nbytes for p in trainable.values()), config.size // config.vae_factor
-        batch = {"latents": torch.zeros(b, 4, f, size, size), "frames": torch.arange(f).repeat(b, 1),
+        batch = {"x0": torch.zeros(b, 4, f, size, size), "frames": torch.arange(f).repeat(b, 1),
                  "given": torch.zeros(b, f).bool(), "user": torch.zeros(b, f).bool(),
-                 "captions": [""] * b, "context": torch.zeros(b, TEXT_TOKENS, config.text_width)}
+                 "captions": [""] * b}
+        model.remembered[""] = torch.zeros(TEXT_TOKENS, config.text_width)
         with MemoryMeter(known) as meter:
             with forward_context(args, torch.device("cpu"), "meta"):
                 descend, _ = denoising_loss(model, batch, 0, args)
@@ -684,7 +683,8 @@ def write_scores(args, model, device):
     """Write the loss of every clip of --data, on equal windows and noise, for data.py --drop_hardest."""
     if not model.unet.temporal_hint.weight.any():               # it starts at zero
         raise ValueError("untrained temporal layers know nothing of clips: give trained ones as --temporal")
-    clips, rows = data.cached_clips(args.data, model, args.stage), []
+    data.cache(args.data, model, device)
+    clips, rows = data.folder_clips(args.data, model, args.stage), []
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
     for name, batch in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
         loss = validation_loss(model, [to_device(batch, device)], args, device)["val_loss"]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import data
 from data import DAY, SPLITS, SkyWorld, sky_clips
-from model import Model, load_weights, save_weights
+from model import Model, load_weights
 from schedule import Window, reach, window_shapes
 
 
@@ -26,15 +27,14 @@ def clips(tmp_path, worlds=3, frames=range(121), key="vae"):
 def test_batches_are_functions_of_seed_and_step(tmp_path):
     """A batch drawn again, or by another thread, is the same; other batches differ."""
     source, shapes = clips(tmp_path), window_shapes("interp", 121)
-    for draw in (lambda seed, step: data.picture_batch("train", seed, step, 6, 64),
-                 lambda seed, step: source.windows(window_shapes("image", 1), seed, step, 6)["latents"],
-                 lambda seed, step: source.windows(shapes, seed, step, 6)["latents"]):
+    for draw in (lambda seed, step: source.windows(window_shapes("image", 1), seed, step, 6)["x0"],
+                 lambda seed, step: source.windows(shapes, seed, step, 6)["x0"]):
         plain = [draw(0, step) for step in range(4)]
         with ThreadPoolExecutor(4) as pool:
             assert all(map(torch.equal, plain, pool.map(lambda step: draw(0, step), range(4))))
         assert not any(torch.equal(other, plain[3]) for other in (draw(1, 3), *plain[:3]))
     picture = source.windows(window_shapes("image", 1), 0, 0, 5)         # a window of one frame, which is new
-    assert picture["latents"].shape == (5, 4, 1, 8, 8) and len(picture["captions"]) == 5
+    assert picture["x0"].shape == (5, 4, 1, 8, 8) and len(picture["captions"]) == 5
     assert not any(picture[key].any() for key in ("frames", "given", "user"))
 
 
@@ -45,7 +45,7 @@ def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
     often = [Window((0, 2, 8), (2,), "interp", 1)]         # at depth 1 only frame 0 is the user's
     seldom = [Window((n, n + 2, n + 8), (n + 2,), "interp", 0) for n in (3, 4, 5, 6)]
     batch = source.windows([(3, often), (1, seldom)], 0, 0, 2000)
-    frames, places = batch["frames"], batch["latents"][:, 0, :, 0, 0]
+    frames, places = batch["frames"], batch["x0"][:, 0, :, 0, 0]
     assert all((rows - rows[:, :1] == torch.tensor([0, 2, 8])).all() for rows in (frames, places))
     first, given, user = frames[:, 0].tolist(), batch["given"].tolist(), batch["user"].tolist()
     assert abs(first.count(0) / 2000 - 0.75) < 0.03
@@ -54,20 +54,23 @@ def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
     assert given == [[True, False, True]] * 2000 and user == [[True, False, n > 0] for n in first]
     with pytest.raises(ValueError, match="over 21 frames fits in no clip, the longest has 12"):
         source.windows([(1, [Window((0, 20), (20,), "starter", 0)])], 0, 0, 1)
+    source.lengths = np.array([18, 19, 30])
     scored = dict(data.scoring_batches(source, [(1, often + seldom)]))
     assert list(scored) == ["b", "c"] and torch.equal(scored["b"]["frames"], scored["c"]["frames"])
+    source.lengths = np.array([5, 9, 12])                               # none is that long: the longest
+    assert list(dict(data.scoring_batches(source, [(1, often + seldom)]))) == ["c"]
 
 
-def test_half_of_the_windows_that_go_on_begin_with_a_new_prompt():
-    """In clips whose prompt changes, so that it says something; none of their windows goes on beyond that."""
+def test_where_a_prompt_changes_half_of_the_windows_begin_with_the_change():
+    """So that it says something. No window goes on past a change."""
     turns = np.array([150, 300])
     source = data.Clips(["calm", "restless"], np.array([400, 400]), changes=lambda i: turns[:2 * i],
                         caption=lambda i, start, place: str(i * np.searchsorted(turns, place, "right")),
                         read=lambda i, places: (1000 * i + places).float()[None, :, None, None])
     on, between = Window((0, 16, 32), (16, 32), "starter", 0), Window((0, 16, 32), (16,), "interp", 0)
     # of 368 places, 32 begin with a new prompt, and where windows go on 32 have one in the middle
-    for window, expected in (on, (0.5 + 0.5 * 32 / 368) / (0.5 + 0.5 * 336 / 368)), (between, 32 / 368):
-        places = source.windows([(1, [window])], 0, 0, 4000)["latents"][:, 0, :, 0, 0]
+    for window, expected in (on, 0.5 + 0.5 * 32 / 336), (between, 32 / 368):
+        places = source.windows([(1, [window])], 0, 0, 4000)["x0"][:, 0, :, 0, 0]
         begins, straddles = (
             torch.tensor([any(first < turn <= last for turn in turns) for first, last in pairs])
             for pairs in (places[:, :2] % 1000, places[:, 1:] % 1000))
@@ -85,6 +88,16 @@ def test_sky_latents_are_made_once_and_again_when_the_vae_changes(tmp_path):
     with pytest.raises(TypeError):
         sky_clips(path, None, range(2), range(3), 64, "another vae")
     assert [p.name for p in tmp_path.iterdir()] == ["clips.safetensors"]
+
+
+def test_sky_clips_say_where_their_prompts_change(tmp_path):
+    """In every second world of a video, at a frame of 100 to 240 and again."""
+    source = sky_clips(str(tmp_path / "x"), lambda video: video[..., :1, :1], range(4), range(481), 64, "x")
+    for i in range(4):
+        captions = [source.caption(i, 0, place) for place in range(481)]
+        changes = [place for place in range(1, 481) if captions[place] != captions[place - 1]]
+        assert changes == [place for place in source.changes(i) if place < 481]
+        assert bool(changes) == (i % 2 == 1)
 
 
 # --- your own videos ----------------------------------------------------------------------------------------
@@ -204,14 +217,14 @@ def test_planted_faults_are_found_and_nothing_else_is(tmp_path):
     encode(v / "b again.mp4", "-vf", "scale=96:96,eq=brightness=0.03", "-crf", "26", pixels=sky(0))
     encode(v / "frozen.mp4", pixels=np.concatenate([still[:25], np.repeat(still[25:26], 20, 0), still[26:]]))
     encode(v / "shuffled.mp4", pixels=sky(5)[np.random.default_rng(0).permutation(40)])
-    encode(v / "short.mp4", pixels=sky(6, 18))
+    encode(v / "short.mp4", pixels=sky(6, 4))
     for i in range(10):
         encode(v / f"cut {i}.mp4", pixels=np.concatenate([sky(2 * i + 20, 62), sky(2 * i + 21, 58)]), fps=15)
     found, dropped = prepare(v, out)
     cuts = {f"cut {i}.mp4/{j:03d}": 21 - 2 * j for i in range(10) for j in (0, 1)}   # after 20.67 frames
     assert {name: clip["frames"] for name, clip in found.items()} == cuts | {
         "a.mp4/000": 40, "b again.mp4/000": 40, "frozen.mp4/000": 25, "frozen.mp4/001": 20,
-        "frozen.mp4/002": 34, "short.mp4/000": 18, "shuffled.mp4/000": 40}
+        "frozen.mp4/002": 34, "short.mp4/000": 4, "shuffled.mp4/000": 40}
     assert {name: reason for name, (reason, _) in dropped.items()} == {
         "b again.mp4/000": "duplicate", "frozen.mp4/001": "frozen", "short.mp4/000": "short"}
     assert {path.name: Image.open(path).width for path in out.glob("*.png")} == {
@@ -228,7 +241,7 @@ def prepared(tmp_path_factory, small_weights):
         encode(root / "v" / f"{seed}.mp4", pixels=sky(seed))
         (root / "v" / f"{seed}.txt").write_text(f"world {seed}")
     prepare(root / "v", root / "out")
-    data.cache(str(root / "out"), small_weights)
+    data.cache(str(root / "out"), load_weights(small_weights), torch.device("cpu"))
     return root / "out"
 
 
@@ -258,48 +271,74 @@ def test_other_settings_are_refused_and_new_sources_join(tmp_path, prepared):
 
 
 def test_stale_or_damaged_cache_entries_are_made_again(tmp_path, prepared, small_weights, small_config):
-    """A new caption, a changed picture, a damaged file or other weights: only what changed is redone."""
-    folder = shutil.copytree(prepared, tmp_path / "copy")
-    assert data.cache(str(folder), small_weights) == 0
+    """A changed picture or a damaged file: only these. Another VAE has latents of its own beside them, and
+    captions and the words of the text encoder do not count."""
+    folder, model = shutil.copytree(prepared, tmp_path / "copy"), load_weights(small_weights)
+    entries = sorted((folder / "cache").rglob("*.safetensors"))
+    assert len(entries) == 6 and data.latents_key(model) in str(entries[0])
+
+    def made(model):
+        before = {path: path.stat().st_mtime_ns for path in entries}
+        data.cache(folder, model, "cpu")
+        return [path.parent.name for path in entries if path.stat().st_mtime_ns != before[path]]
+
+    assert made(model) == []
     (folder / "clips" / "1.mp4" / "000.txt").write_text("other words\n")
     picture = folder / "clips" / "2.mp4" / "000" / "00007.png"
     Image.fromarray(255 - np.array(Image.open(picture))).save(picture)
-    entry = folder / "cache" / "3.mp4" / "000.safetensors"
-    entry.write_bytes(entry.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="python data.py --cache"):
-        data.cached_clips(str(folder), load_weights(small_weights), "interp")
-    assert data.cache(str(folder), small_weights) == 3
-    assert (prepared / "cache/3.mp4/000.safetensors").read_bytes() == entry.read_bytes()
+    entries[3].write_bytes(entries[3].read_bytes()[:-100])
+    assert made(replace(model, config=replace(model.config, vocabulary=600))) == ["2.mp4", "3.mp4"]
+    assert (prepared / entries[3].relative_to(folder)).read_bytes() == entries[3].read_bytes()
     torch.manual_seed(1)
-    save_weights(str(tmp_path / "other.safetensors"), Model.build(small_config), torch.float32, stage="image")
-    assert data.cache(str(folder), str(tmp_path / "other.safetensors")) == 6
+    assert made(Model.build(small_config)) == [] and len(list((folder / "cache").rglob("*.*s"))) == 12
 
 
-def test_cached_latents_are_those_of_the_pictures(prepared, small_weights):
-    """Half precision latents of every frame, and the embedding of the caption."""
-    model = load_weights(small_weights)
-    source, places = data.cached_clips(str(prepared), model, "interp"), torch.tensor([3, 7, 30])
-    i = source.names.index("4.mp4/000")
-    with torch.no_grad():
-        latents = model.vae.encode(frames_of(prepared, "4.mp4/000")[None])[0].half().float()
-        assert torch.equal(source.read(i, places), latents[:, places])
-        assert torch.equal(source.context(i), model.context(["world 4"])[0].half().float())
-    assert source.windows(window_shapes("interp", 40), 0, 0, 5)["context"].shape[:2] == (5, 77)
+def test_clips_of_a_folder_are_its_pictures_or_their_latents(prepared, small_weights):
+    """The VAE stage sees the pictures; the others latents of every frame, in half precision."""
+    model, places, latents = load_weights(small_weights), torch.tensor([3, 7, 30]), {}
+    for stage in ("vae", "interp"):
+        source = data.folder_clips(prepared, model, stage)
+        i, video = source.names.index("4.mp4/000"), frames_of(prepared, "4.mp4/000")
+        with torch.no_grad():
+            truth = video if stage == "vae" else model.vae.encode(video[None])[0].half().float()
+        assert torch.equal(source.read(i, places), truth[:, places]) and source.caption(i, 0, 9) == "world 4"
 
 
-def test_training_and_validation_never_share_a_source_or_a_world(tmp_path, prepared, small_weights):
-    """All clips of a source are in one split, and each split has 900,000 sky seeds of its own."""
+def test_frames_to_validate_on_are_chosen_by_what_does_not_change(tmp_path, small_weights):
+    """About one source in twenty by its name, and the last tenth of long clips, whatever else is there; and
+    each split has 900,000 sky seeds of its own."""
     assert all(b - a > 900_000 for a, b in zip(SPLITS.values(), list(SPLITS.values())[1:]))
-    folder, model = shutil.copytree(prepared, tmp_path / "copy"), load_weights(small_weights)
-    for path in [*folder.glob("c*/*/000.*")]:                          # every source gets a second clip
-        shutil.copy(path, path.with_stem("001"))
-    names = lambda split: data.cached_clips(folder, model, "interp", split).names
-    train, val = set(names("train")), set(names("val"))
-    assert len(val) == 2 and not train & val and len(train | val) == 12
-    assert not {name[:-4] for name in train} & {name[:-4] for name in val}
-    for seed in range(1, 6):
-        shutil.rmtree(folder / "clips" / f"{seed}.mp4")
-    assert names("train") == names("val") == ["0.mp4/000", "0.mp4/001"]     # a single source is in both
+    folder, model = tmp_path / "folder", load_weights(small_weights)
+    (folder / "clips").mkdir(parents=True)
+    (folder / "dropped.csv").write_text("clip,reason,detail\n")
+    shades = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in range(200)]
+
+    def add(name, frames):
+        (folder / "clips" / name / "000").mkdir(parents=True)
+        data.write_json(folder / "clips" / name / "000.json", {"source": name, "frames": frames})
+        (folder / "clips" / name / "000.txt").write_text("")
+        for i in range(frames):
+            shades[i].save(folder / "clips" / name / "000" / f"{i + 1:05d}.png")
+
+    clips = lambda split, stage="vae": data.folder_clips(folder, model, stage, split)
+    parts = lambda *which: dict(zip(clips(*which).names, clips(*which).lengths.tolist()))
+    add("a", 189)
+    assert parts("train") == parts("val") == {"a/000": 189}            # nothing to keep apart
+    add("b", 200)
+    assert parts("train") == {"a/000": 189, "b/000": 180} and parts("val") == {"b/000": 20}
+    red = clips("val").read(0, torch.tensor([0, 19]))[0, :, 0, 0]      # frames 180 and 199
+    assert torch.allclose(red, torch.tensor([180, 199]) / 127.5 - 1)
+    for i in range(100):
+        add(str(i), 20)
+    train, val = parts("train"), parts("val", "extrap")
+    assert (train.pop("a/000"), train.pop("b/000"), val.pop("b/000")) == (189, 180, 20)
+    assert not train.keys() & val.keys() and len(train | val) == 100 and 2 <= len(val) <= 8
+    assert clips(None, "interp").lengths.sum() == 189 + 200 + 2000
+    for name in {path.name for path in (folder / "clips").iterdir()} - {min(val).split("/")[0]}:
+        shutil.rmtree(folder / "clips" / name)
+    assert parts("train") == parts("val") == {min(val): 20}            # the only one would validate alone
+    with pytest.raises(ValueError, match="prepare with --size 32"):
+        data.folder_clips(folder, replace(model, config=replace(model.config, size=32)), "vae")
 
 
 def test_check_says_what_training_will_find(prepared, capsys):

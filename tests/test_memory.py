@@ -199,7 +199,8 @@ def test_all_flags_together_run_and_leave_a_model(tmp_path, little_weights, trai
 
 
 def test_networks_that_have_nothing_to_do_stay_where_they_are(little_config):
-    """With --data the UNet alone goes to the device."""
-    model = Model.build(little_config).to("meta", ("unet",))
+    """With sd15 the UNet alone goes to the device."""
+    model = Model.build(little_config)
+    model.to("meta", ("unet",))
     places = {part: next(network.parameters()).device.type for part, network in model.networks().items()}
     assert places == {"unet": "meta", "vae": "cpu", "text": "cpu"}

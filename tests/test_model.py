@@ -326,11 +326,13 @@ def test_without_merges_a_text_is_its_bytes():
 
 def test_learned_merges_give_every_word_a_token():
     """A token for each word of the texts, whatever stands beside it; unknown words fall into pieces."""
-    tokenizer = Tokenizer.learn(["red balloon, dawn", "green balloons; RED Dawn", "day"])
+    texts = ["red balloon, dawn", "green balloons; RED Dawn", "day"]
+    tokenizer = Tokenizer(Tokenizer.learn(texts))
     for word in ("red", "green", "balloon", "balloons", "dawn", "day", ",", ";"):
         assert len(tokenizer.pieces(word)) == 1, word
     assert len(tokenizer.pieces("reddish")) > 1 and len(tokenizer.ids) == 512 + len(tokenizer.merges)
     assert tokenizer.words("Red balloons; 12") == ["red", "balloons", ";", "1", "2"]
+    assert Tokenizer.learn(texts, most=5) == tokenizer.merges[:5]
 
 
 # --- weights files ----------------------------------------------------------------------------------------

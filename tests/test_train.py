@@ -30,8 +30,8 @@ def prepared(tmp_path, train_argv):
 
 
 @pytest.fixture(scope="module")
-def own_clips(tmp_path_factory, little_weights):
-    """A prepared folder of 8 clips of 40 sky frames, encoded with the little weights; made without ffmpeg."""
+def own_clips(tmp_path_factory):
+    """A prepared folder of 8 clips of 40 sky frames; made without ffmpeg."""
     folder = tmp_path_factory.mktemp("own")
     for seed in range(8):
         clip = folder / "clips" / f"{seed}.mp4" / "000"
@@ -41,7 +41,6 @@ def own_clips(tmp_path_factory, little_weights):
         (clip.parent / "000.txt").write_text(f"world {seed}\n")
         data.write_json(str(clip.parent / "000.json"), {"source": f"{seed}.mp4", "frames": 40})
     (folder / "dropped.csv").write_text("clip,reason,detail\n")
-    data.cache(str(folder), little_weights)
     return folder
 
 
@@ -79,19 +78,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, train_argv, own_cli
     assert_same_run(tmp_path / "whole" / "interp", tmp_path / "other" / "interp")
 
 
-def test_a_run_does_not_change_its_clips(tmp_path, little_weights, train_argv, own_clips, capsys):
-    """Another --drop list, or clips that were encoded anew: resuming is refused, with a sentence."""
+def test_a_run_does_not_change_its_clips(tmp_path, train_argv, own_clips, capsys):
+    """Another --drop list, caption or picture: resuming is refused, with a sentence."""
     folder, drop = tmp_path / "own", tmp_path / "drop.txt"
     shutil.copytree(own_clips, folder)
     drop.write_text("3.mp4/000\n")
     argv = train_argv(tmp_path, data=folder, drop=drop, max_steps=1)
     train.main(argv)
     printed = capsys.readouterr().out
-    assert f"6 clips of {folder} to train on" in printed and f"1 clips of {folder} to validate on" in printed
-    for listed, caption in (("4.mp4/000\n", "world 5"), ("", "world 5"), ("3.mp4/000\n", "other words")):
+    assert f"train: 280 frames of 7 clips in {folder}" in printed
+    assert "the same ones train and validate" in printed
+    clip = folder / "clips" / "5.mp4"
+    for listed, caption, picture in (("4.mp4/000\n", "world 5", 9), ("", "world 5", 9),
+                                     ("3.mp4/000\n", "other words", 9), ("3.mp4/000\n", "world 5", 30)):
         drop.write_text(listed)
-        (folder / "clips" / "5.mp4" / "000.txt").write_text(caption)
-        data.cache(str(folder), little_weights)
+        (clip / "000.txt").write_text(caption)
+        shutil.copy(own_clips / "clips" / "5.mp4" / "000" / f"{picture:05d}.png", clip / "000" / "00009.png")
         with pytest.raises(ValueError, match="was made with clips"):
             train.main([*argv, "--resume", "auto"])
 
@@ -117,12 +119,14 @@ def test_a_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, little_
     assert keys and all(is_temporal(key) and key.startswith(PREFIXES["unet"]) for key in keys)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["sky worlds", "own clips"])
 def test_every_stage_runs_and_the_last_leaves_a_model_that_loads(
-        tmp_path, little_config, train_argv, monkeypatch):
+        tmp_path, little_config, train_argv, monkeypatch, own_clips, own):
     """vae -> image -> video -> video, each from the file of the one before; the export holds all recipes."""
     monkeypatch.setitem(train.PRESETS, "tiny", little_config)
     file = {stage: tmp_path / stage / "weights.safetensors" for stage in ("vae", "image", "video")}
-    run = lambda stage, **flags: train.main(train_argv(tmp_path, stage=stage, max_steps=2, **flags))
+    more = dict(max_steps=2) | ({"data": shutil.copytree(own_clips, tmp_path / "clips")} if own else {})
+    run = lambda stage, **flags: train.main(train_argv(tmp_path, stage=stage, **more, **flags))
     run("vae")
     run("image", weights=file["vae"])
     run("video", weights=file["image"])
@@ -131,6 +135,8 @@ def test_every_stage_runs_and_the_last_leaves_a_model_that_loads(
     model = load_weights(str(tmp_path / "all.safetensors"), "tiny")
     assert [recipe["stage"] for recipe in model.about["recipes"]] == ["vae", "image", "video", "video"]
     assert model.config.latent_std != little_config.latent_std
+    assert model.about.get("prompt") == ("world 0" if own else None)      # sample.py's when none is given
+    assert len(model.tokenizer.pieces("world" if own else "balloon")) == 1
     for stage in file:
         found = {str(path.relative_to(tmp_path / stage)) for path in (tmp_path / stage).rglob("*.*")}
         assert found == {"args.json", "ckpt.pt", "log.csv", "loss.png", "weights.safetensors",
@@ -157,7 +163,7 @@ def test_the_loss_is_what_one_computes_by_hand(prepared, levels):
     The loss is that of new frames, of the output and the prior, each over its own size."""
     args, model, _, next_batch = prepared(batch_size=4)
     batch, seen, schedule, g = next_batch(3), {}, NoiseSchedule("v", True), torch.Generator().manual_seed(5)
-    x0, given = batch["latents"], batch["given"]
+    x0, given = batch["x0"], batch["given"]
     batch["user"] = user = given & (torch.arange(given.shape[1]) == 0)
     outputs = torch.randn(2, *x0.shape)
 
@@ -213,17 +219,23 @@ def test_the_learning_rate_warms_up_and_comes_down_to_zero():
     assert rates[49:] == sorted(rates[49:], reverse=True)
 
 
-def test_cached_text_embeddings_are_what_the_model_would_say(little_weights, monkeypatch):
-    """They are used as they are, but a caption that was dropped has the embedding of none."""
-    model, captions = load_weights(little_weights), ["a", "b", "c"]
-    known, none = model.context(captions), model.context([""])[0]
-    assert torch.equal(train.embed(model, {"captions": captions}), known)
-    assert torch.equal(train.embed(model, {"captions": captions, "context": known}), known)
+def test_a_frozen_text_encoder_reads_a_caption_once(little_weights, monkeypatch):
+    """What it said is used again; a caption that was dropped has the embedding of none."""
+    model, batch = load_weights(little_weights), {"captions": ["a", "b", "c"], "x0": torch.zeros(3)}
+    known, none = (torch.cat([model.context([caption]) for caption in captions]).detach()
+                   for captions in ("abc", [""]))
+    model.text.requires_grad_(True)                                    # as the image stage does
+    assert train.embed(model, batch).requires_grad and not model.remembered
+    model.text.requires_grad_(False)
+    assert torch.equal(train.embed(model, batch), known)
     monkeypatch.setattr(train, "CAPTION_DROPOUT", 0.5)
-    mixed = train.embed(model, {"captions": captions * 9, "context": known.repeat(9, 1, 1)}, seed=1)
-    dropped = (mixed == none).all(2).all(1)
-    assert 5 < dropped.sum() < 22 and torch.equal(mixed[~dropped], known.repeat(9, 1, 1)[~dropped])
-    assert torch.allclose(train.embed(model, {"captions": captions * 9}, seed=1), mixed, atol=1e-5)
+    draws = [train.embed(model, batch, seed) for seed in range(9)]
+    monkeypatch.setattr(model, "context", None)
+    for seed, again in enumerate(draws):
+        assert torch.equal(train.embed(model, batch, seed), again)
+    dropped = torch.stack([(again == none).all((1, 2)) for again in draws])
+    assert all(torch.equal(again[~drop], known[~drop]) for again, drop in zip(draws, dropped))
+    assert 5 < dropped.sum() < 22
 
 
 def test_scores_are_the_same_every_time_and_find_what_was_shuffled(tmp_path, own_clips):
@@ -233,9 +245,10 @@ def test_scores_are_the_same_every_time_and_find_what_was_shuffled(tmp_path, own
     random.Random(0).shuffle(frames)
     for i, frame in enumerate(frames):
         shutil.copy(own_clips / "clips" / "6.mp4" / "000" / f"{frame + 1:05d}.png", clip / f"{i + 1:05d}.png")
+    for picture in folder.rglob("*.png"):
+        Image.open(picture).resize((64, 64)).save(picture)
     few = "".join(f"{i}.mp4/000,short,\n" for i in range(4))
     (folder / "dropped.csv").write_text("clip,reason,detail\n" + few)
-    data.cache(str(folder), train.TINY_WEIGHTS)
     files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
     for file in files:
         train.main(["--stage", "interp", "--data", str(folder), "--score", file, "--device", "cpu"])
@@ -256,10 +269,11 @@ def one_step(tmp_path_factory, train_argv):
 @pytest.mark.parametrize("change, words", [
     ({}, "already holds a run"), ({"stage": "extrap", "resume": "interp/ckpt.pt"}, "with stage interp"),
     ({"learning_rate": 1e-5, "resume": "auto"}, "learning_rate"), ({"resume": "none.pt"}, "no checkpoint"),
-    ({"weights": "none.pt"}, "no weights file"), ({"preset": "sd15"}, "preset tiny"),
+    ({"weights": "none.pt"}, "no weights file"), ({"preset": "sd15"}, "on your own clips"),
+    ({"preset": "sd15", "data": "own"}, "preset tiny"), ({"preset": "sd15", "stage": "vae"}, "video stages"),
     ({"weights": "interp/weights.safetensors"}, "only the temporal layers"),
     ({"stage": "image", "lora_rank": 2}, "--lora_rank is for video"), ({"drop": "x"}, "give the folder"),
-    ({"stage": "image", "data": "x"}, "--data is for video"), ({"data": "none.pt"}, "not a prepared folder"),
+    *(({"stage": stage, "data": "none.pt"}, "not a prepared folder") for stage in ("vae", "image", "interp")),
     ({"data": "own", "drop": "strange"}, "such as not there"), ({"data": "own", "score": "x"}, "untrained"),
 ], ids=str)
 def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, train_argv, change, words):
