@@ -6,11 +6,10 @@
 Checkpoints are on the Hugging Face hub (stable-diffusion-v1-5/stable-diffusion-v1-5), under their own licence
 (CreativeML Open RAIL-M); the merges are in the repository openai/CLIP, folder clip. The result takes 2.1 GB
 in float16 and has no temporal layers: train.py trains them. Every tensor must find its place, and every
-place its tensor. A pickle never runs code. Compare the SHA-256 printed here with the one that the hub shows.
+place its tensor. A pickle never runs code. Compare the file's `sha256sum` with the one that the hub shows.
 """
 import argparse
 import gzip
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import PREFIXES, PRESETS, Model, Tokenizer, is_temporal, save_weights
+from model import PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, save_weights
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 # files hold more than weights: noise schedule, positions, training state, parts of CLIP that SD never uses
@@ -149,8 +148,8 @@ def read_merges(path, config):
 
 
 # --- placing ----------------------------------------------------------------------------------------------
-def check(path, tensors, wanted):
-    """Raise ValueError unless these are the tensors that are wanted, {name: shape}: no fewer, no more."""
+def check(path, tensors):
+    """Raise ValueError, naming what they are, if these tensors are not those of a whole SD1.x checkpoint."""
     whole = "give a whole Stable Diffusion 1.x checkpoint"
     for kind, pattern in FOREIGN.items():
         if any(re.search(pattern, f"{name} {list(tensor.shape)}") for name, tensor in tensors.items()):
@@ -161,15 +160,6 @@ def check(path, tensors, wanted):
         if not any(name.startswith(prefix) for name in tensors):
             advice = "add --vae FILE, any SD1.x checkpoint has one" if part == "vae" else whole
             raise ValueError(f"{path} has no {part} ({prefix}*): {advice}")
-    problems = {
-        "lacks": wanted.keys() - tensors.keys(),
-        "has left over": tensors.keys() - wanted.keys(),
-        "has in another shape": {f"{name} {list(tensors[name].shape)} instead of {list(wanted[name])}"
-                                 for name in wanted.keys() & tensors.keys()
-                                 if tensors[name].shape != wanted[name]}}
-    if any(problems.values()):
-        found = "; ".join(f"{what} {', '.join(sorted(names))}" for what, names in problems.items() if names)
-        raise ValueError(f"{path} {found}: nothing was written, {whole}")
 
 
 def convert(path, model, vae=None, ema=False):
@@ -197,10 +187,8 @@ def convert(path, model, vae=None, ema=False):
             tensors[name] = tensor[:, :4]
         if ".mid.attn_1." in name and tensor.dim() == 2:    # diffusers has a linear layer, SD a 1x1 conv
             tensors[name] = tensor[:, :, None, None]
-    check(path, tensors, {name: x.shape for name, x in model.state().items() if not is_temporal(name)})
-    for part, network in model.networks().items():
-        own = {name: tensors[PREFIXES[part] + name] for name in network.state_dict() if not is_temporal(name)}
-        network.load_state_dict(own, strict=False, assign=True)
+    check(path, tensors)
+    fill(model, tensors, path, only=lambda name: not is_temporal(name))
     return ", ".join(found)
 
 
@@ -271,12 +259,6 @@ def main(argv=None):
     p.add_argument("--out", metavar="FILE", default="out/sd15.safetensors", help="default %(default)s")
     p.add_argument("--ema", action="store_true", help="take the averaged weights, if there are both")
     args = p.parse_args(argv)
-    if os.path.isfile(args.model):
-        digest = hashlib.sha256()
-        with open(args.model, "rb") as file:                # some have 7 GB: not all at once
-            while part := file.read(2 ** 24):
-                digest.update(part)
-        print("SHA-256", digest.hexdigest())
     with torch.device("meta"):                              # the numbers come from the checkpoint
         model = Model.build(PRESETS["sd15"])
     found = convert(args.model, model, args.vae, args.ema)

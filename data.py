@@ -23,7 +23,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mode
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ class Clips:
     def windows(self, shapes, seed, step, batch_size):
         """A batch of random windows of a plan, all of as many frames, at random places of clips. Where the
         prompt can change between the given and the new frames, it does half of the time. shapes: [(share,
-        windows)], from `schedule.window_shapes`. ValueError if a window fits in no clip."""
+        windows)], from `schedule.window_shapes` for videos no longer than the longest clip."""
         rng = np.random.default_rng([seed, step])
         pick = lambda options: options[rng.integers(len(options))]
         shares, rows = np.array([share for share, _ in shapes]), []
@@ -58,9 +57,6 @@ class Clips:
             if rows and len(window.frames) != len(rows[0][0].frames):
                 continue
             room = self.lengths - reach(window)                  # places in each clip where the window fits
-            if room.max() < 1:
-                raise ValueError(f"a window over {reach(window) + 1} frames fits in no clip, the longest has "
-                                 f"{self.lengths.max()}: ask for shorter --frames")
             clip = int(pick(np.flatnonzero(room > 0)))
             starts = np.arange(room[clip]) - window.frames[0]
             changes = self.changes(clip) - starts[:, None]       # (starts, changes), as frames of the plan
@@ -382,18 +378,16 @@ def folder_clips(folder, model, stage, split=None, drop=None):
 
 
 def scoring_batches(clips, shapes, count=4):
-    """Yield (name, batch) of clips of 19 frames or more: the same windows at the same relative places."""
+    """Yield (name, batches) of clips of 19 frames or more: the same windows at the same relative places."""
     order = lambda window: (reach(window), window.frames, window.new)
     windows = {order(window): window for _, windows in shapes for window in windows}
     scored = np.flatnonzero(clips.lengths >= max(min(windows)[0] + 1, min(19, clips.lengths.max())))
     fitting = [windows[key] for key in sorted(windows) if key[0] < clips.lengths[scored].min()]
-    commonest = mode(len(window.frames) for window in fitting)
-    alike = [window for window in fitting if len(window.frames) == commonest]
     # short and long ones, and a place for each, from the start of a clip to its end
-    chosen = [(alike[k * len(alike) // count], (k + 0.5) / count) for k in range(count)]
+    chosen = [(fitting[k * len(fitting) // count], (k + 0.5) / count) for k in range(count)]
     for i in scored:
         start = lambda window, place: int(place * (clips.lengths[i] - reach(window))) - window.frames[0]
-        yield clips.names[i], clips.batch([(window, i, start(window, place)) for window, place in chosen])
+        yield clips.names[i], [clips.batch([(window, i, start(window, place))]) for window, place in chosen]
 
 
 def drop_hardest(share, scores, held_out, path):

@@ -25,7 +25,8 @@ def make_alpha_bar(beta_start, beta_end, zero_terminal_snr):
 
     zero_terminal_snr: shift and scale √ᾱ to end at 0 (2305.08891 algorithm 1). Else even the noisiest frames
     of training show the mean of a picture (ᾱ = 0.0047), and sampling never makes a very dark one."""
-    betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64) ** 2
+    # on the CPU, even where the networks are built without numbers, on the meta device
+    betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64, device="cpu") ** 2
     alpha_bar = torch.cumprod(1 - betas, dim=0)   # a thousand products in float32 would lose the last digit
     if zero_terminal_snr:
         root = alpha_bar.sqrt()
@@ -38,7 +39,7 @@ def at(alpha_bar, t, x):
 
     Always float32, so half-precision latents turn into float32: in half, 1 − ᾱ has no digits left."""
     # plain indexing would read t = -1 as the last entry: the noisiest level instead of none
-    abar = torch.where(t < 0, 1.0, alpha_bar[t.clamp(min=0)])
+    abar = torch.where(t < 0, 1.0, alpha_bar.to(t.device)[t.clamp(min=0)])
     if t.shape == x.shape[:1]:
         return abar.view(-1, *[1] * (x.ndim - 1))
     if x.ndim == 5 and t.shape == (x.shape[0], x.shape[2]):
@@ -54,11 +55,6 @@ class NoiseSchedule:
             raise ValueError(f'prediction is {prediction!r}: expected "eps" (as SD1.x was trained) or "v"')
         self.prediction = prediction
         self.alpha_bar = make_alpha_bar(beta_start, beta_end, zero_terminal_snr)   # (T,) float32
-
-    def to(self, device):
-        """Move ᾱ to the device of the latents; returns self."""
-        self.alpha_bar = self.alpha_bar.to(device)
-        return self
 
     def q_sample(self, x0, t, eps):
         """x_t = √ᾱ x0 + √(1 − ᾱ) ε   (DDPM eq. 4): noise every frame to its own level. Shaped like x0."""
@@ -131,8 +127,6 @@ def ddim_step(schedule, x_t, t, t_prev, output, eta=0.0, noise=None):
     t, t_prev  (b,) or (b, f); a frame with t_prev = -1 becomes x0_pred, one with t_prev = t stays as it is
     output     the network's, with guidance or without; noise is z; both shaped like x_t
     eta        0 is deterministic, 1 is DDPM's ancestral sampler on these levels"""
-    if not 0 <= eta <= 1 or eta > 0 and noise is None:
-        raise ValueError(f"eta is {eta}: expected 0 (deterministic) to 1 (like DDPM), above 0 with noise")
     abar, abar_prev = at(schedule.alpha_bar, t, x_t), at(schedule.alpha_bar, t_prev, x_t)
     x0_pred = schedule.to_x0(x_t, t, output)
     eps_pred = schedule.to_eps(x_t, t, output)

@@ -284,7 +284,7 @@ class UNet(nn.Module):
         gate, frame_log_std = self.temporal_gate(window.emb.flatten(0, 1))[..., None, None].chunk(2, dim=1)
         gate = gate.tanh()                # saturates near 1: a gate that wavers makes the video flicker
         mean, std = video(gate * prior), video((log_std + frame_log_std).clamp(-6, 1).exp())
-        output = precondition(self.schedule.to(x.device), output, x[:, :4], t, mean, std)
+        output = precondition(self.schedule, output, x[:, :4], t, mean, std)
         return output, video(prior)
 
     def run(self, i, block, *inputs):
@@ -667,9 +667,6 @@ class VAE(nn.Module):
 
     def encode(self, video, chunk=16):
         """Video (b, 3, f, H, W) in [-1, 1] -> latents (b, 4, f, h, w) of mean 0, deviation 1; not sampled."""
-        factor, (H, W) = self.config.vae_factor, video.shape[-2:]
-        if H % factor or W % factor:
-            raise ValueError(f"pictures of {H}x{W} pixels do not fit: resize them to multiples of {factor}")
         frames = rearrange(video, "b c f H W -> (b f) c H W")
         z = torch.cat([self.moments(part)[0] for part in frames.split(chunk)])
         latents = rearrange(z, "(b f) c h w -> b c f h w", b=video.shape[0])
@@ -871,17 +868,18 @@ def read_weights(path):
 
 
 def fill(model, tensors, path, only=lambda key: True):
-    """Copy tensors into a model; `only` says which keys count. Of these none may be missing or left over."""
-    wanted = {key: tensor for key, tensor in model.state().items() if only(key)}
-    tensors = {key: tensor for key, tensor in tensors.items() if only(key)}
-    shape = lambda state, key: tuple(state[key].shape) if key in state else "nothing"
-    wrong = [key for key in sorted(wanted | tensors) if shape(wanted, key) != shape(tensors, key)]
+    """Make tensors a model's parameters, in float32. `only` says which keys count: none of these may be
+    missing or left over. A model on the meta device, of shapes without numbers, is filled without a copy."""
+    shapes = lambda state: {key: tuple(tensor.shape) for key, tensor in state.items() if only(key)}
+    wanted, found = shapes(model.state()), shapes(tensors)
+    wrong = [f"{found.get(key, 'nothing')} at {key}, expected {wanted.get(key, 'nothing')}"
+             for key in sorted(wanted | found) if wanted.get(key) != found.get(key)]
     if wrong:
-        found, expected = shape(tensors, wrong[0]), shape(wanted, wrong[0])
-        raise ValueError(f"{path} has {found} at {wrong[0]}, expected {expected}; {len(wrong)} keys differ: "
+        raise ValueError(f"{path} has {'; '.join(wrong[:9])}; {len(wrong)} keys differ: "
                          f"give weights of preset {model.config.name} and of this stage")
-    for key, tensor in wanted.items():
-        tensor.copy_(tensors[key])     # state_dict() shares memory with the parameters, and has no gradients
+    for part, prefix in PREFIXES.items():
+        own = {key.removeprefix(prefix): tensors[key].float() for key in wanted if key.startswith(prefix)}
+        model.networks()[part].load_state_dict(own, strict=False, assign=True)
 
 
 def load_weights(path, preset=None):
@@ -891,10 +889,12 @@ def load_weights(path, preset=None):
         raise ValueError(f"{path} holds weights of preset {config.name}, found --preset {preset}: change one")
     if not any(key.startswith(PREFIXES["vae"]) for key in tensors):
         raise ValueError(f"{path} holds only the temporal layers: give it as --temporal beside full weights")
-    model = Model.build(config, merges)
+    with torch.device("meta"):
+        model = Model.build(config, merges)
     model.about = about
-    trained = any(map(is_temporal, tensors))
-    fill(model, tensors, path, only=lambda key: trained or not is_temporal(key))
+    if not any(map(is_temporal, tensors)):     # all zero they are the identity
+        tensors |= {key: torch.zeros(x.shape) for key, x in model.state().items() if is_temporal(key)}
+    fill(model, tensors, path)
     for network in model.networks().values():
         network.eval().requires_grad_(False)
     return model

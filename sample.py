@@ -89,7 +89,7 @@ class Sampler:
         self.rank, self.world, self.scope = rank, world, args.scope or (math.inf, 0)
         config, side = model.config, model.config.size // model.config.vae_factor
         self.shape = (4, side, side)
-        self.schedule = model.unet.schedule.to(device)
+        self.schedule = model.unet.schedule
         self.aug = parse_noise_level(args.aug, self.schedule)
         # zero terminal SNR has to start at the last level; SD 1.x was published with levels that stop at 0
         spacing, last = ("trailing", -1) if config.zero_terminal_snr else ("leading", 0)
@@ -131,19 +131,18 @@ class Sampler:
         steps, eta = (self.args.steps, 0.0) if first.given else (max(self.args.steps, FIRST_FRAME_STEPS), 1.0)
         rank, world = (self.rank, self.world) if first.joint else (0, 1)
         clips = ClipParallel(share(len(first.frames), world), rank, *self.scope)   # of 1: the whole window
-        batch = [window.part(clips.here) for window in batch]
-        frames = tensor([window.frames for window in batch])                                      # (b, f)
-        new = tensor([[frame in window.new for frame in window.frames] for window in batch])
-        ours = tensor([[frame not in user for frame in window.frames] for window in batch])
-        latents = torch.stack([store.read(window.frames) for window in batch]).to(self.device)
+        rows = [window.frames[clips.here] for window in batch]                                     # (b, f)
+        frames, ours = tensor(rows), tensor([[frame not in user for frame in row] for row in rows])
+        new = tensor([[frame in window.new for frame in row] for row, window in zip(rows, batch)])
+        latents = torch.stack([store.read(row) for row in rows]).to(self.device)
         latents = denoise_window(
-            self.model.unet, self.schedule, latents, frames, new, [rows[segments] for rows in text],
+            self.model.unet, self.schedule, latents, frames, new, [context[segments] for context in text],
             self.levels(steps), self.args.guidance_scale, [seed] * len(batch),
             torch.where(ours & ~new, self.aug, 0), eta, clips).cpu()   # the user's frames stay clean
         if not torch.isfinite(latents).all():
             raise ValueError(f"frames {first.new} came out as numbers that are not finite: try --device cpu")
-        for x, window in zip(latents, batch):
-            store.write(window.new, x[:, [window.frames.index(frame) for frame in window.new]])
+        for x, row, made in zip(latents, frames.cpu(), new.cpu()):
+            store.write(row[made].tolist(), x[:, made])
 
 
 def frame_plan(args):

@@ -21,7 +21,7 @@ equal depth are independent, so they run as one batch or on several devices. The
 import argparse
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
@@ -56,11 +56,6 @@ class Window:
         """Whether it is so long that all devices share its frames."""
         return len(self.frames) > LONGEST
 
-    def part(self, places: slice) -> "Window":
-        """The window with only its frames at `places`: the share of one device."""
-        frames = self.frames[places]
-        return replace(self, frames=frames, new=tuple(frame for frame in self.new if frame in frames))
-
 
 def build(steps) -> list[Window]:
     """Turn (given, new) pairs, in an order in which they can run, into windows with stage and depth."""
@@ -78,8 +73,8 @@ def hierarchical(n_frames: int, given=(0,), max_stride: int = 16, one_window=Fal
     """Make keyframes at most max_stride apart, then fill every gap 4 times finer until none is left.
 
     given: the user's frames. What comes before the first is made backwards, which no model is trained for.
-    max_stride is rounded down to a power of 4. one_window: all keyframes together. ValueError if n_frames or
-    max_stride is below 1, or a given frame is not in the video."""
+    max_stride is rounded down to a power of 4. one_window: all keyframes together. ValueError if n_frames is
+    below 1, or a given frame is not in the video."""
     user, stride = user_frames(n_frames, given), keyframe_stride(n_frames, max_stride)
     steps = list(keyframe_steps(user, n_frames, stride))
     keyframes = sorted(frame for _, new in steps for frame in new)
@@ -128,8 +123,6 @@ def user_frames(n_frames, given) -> list[int]:
 
 def keyframe_stride(n_frames, max_stride) -> int:
     """The distance between keyframes: the smallest power of 4 with which one window spans the video."""
-    if max_stride < 1:
-        raise ValueError(f"keyframes are at least 1 frame apart, found max_stride {max_stride}: try 16")
     stride = 1
     while stride * (WIDTH - 1) < n_frames - 1 and stride * RATIO <= max_stride:
         stride *= RATIO
@@ -156,9 +149,7 @@ def keyframe_steps(user, n_frames, stride):
 
 def extension(n_frames: int, known: int, max_stride: int = 16) -> list[Window]:
     """The windows that lengthen a finished video of `known` frames to n_frames, as hierarchical would: its
-    last frame and the one a stride before serve as its last keyframes. ValueError if nothing is new."""
-    if not 1 <= known < n_frames:
-        raise ValueError(f"a video of {known} frames cannot be lengthened to {n_frames}: ask for more frames")
+    last frame and the one a stride before serve as its last keyframes."""
     given = {0, max(0, known - 1 - keyframe_stride(n_frames, max_stride)), known - 1}
     plan = hierarchical(n_frames, given, max_stride)   # no window makes frames on both sides of a given one
     return build((window.given, window.new) for window in plan if window.new[0] >= known)

@@ -120,7 +120,7 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
     batch: x0 (b, 4, f, h, w), frames, given and user (b, f), captions. seed: of the noise. part: the
     examples of the batch to compute. levels: (t_new, t_given), fixed, for validation. unet: in place of the
     model's, for --pipeline. Returns what to descend on, and the mean squared error."""
-    unet, schedule = unet or model.unet, model.unet.schedule.to(batch["x0"].device)
+    unet, schedule = unet or model.unet, model.unet.schedule
     x0, given, user, b = batch["x0"], batch["given"], batch["user"], len(batch["x0"])
     generator, device = torch.Generator().manual_seed(seed), x0.device
     eps = torch.randn(x0.shape, generator=generator).to(device)
@@ -686,8 +686,9 @@ def write_scores(args, model, device):
     data.cache(args.data, model, device)
     clips, rows = data.folder_clips(args.data, model, args.stage), []
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
-    for name, batch in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
-        loss = validation_loss(model, [to_device(batch, device)], args, device)["val_loss"]
+    for name, batches in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
+        batches = [to_device(batch, device) for batch in batches]
+        loss = validation_loss(model, batches, args, device)["val_loss"]
         rows.append({"clip": name, "stage": args.stage, "loss": loss})
     write_csv(args.score, rows)
     print(f"wrote {args.score}: {len(rows)} clips; next: data.py --drop_hardest 0.1 --scores {args.score}")

@@ -1,7 +1,6 @@
 """pytest tests/test_convert.py: SD1.5's names, from fixtures/, on oracle_weights.py's narrow networks."""
 
 import gzip
-import hashlib
 import json
 import pickle
 import random
@@ -134,7 +133,6 @@ def test_a_single_file_becomes_one_file_of_ours(command, mini, weights, tmp_path
     out = command(mini)
     assert [file.name for file in out.parent.iterdir()] == [out.name]
     printed = capsys.readouterr().out
-    assert f"SHA-256 {hashlib.sha256((tmp_path / 'sd.safetensors').read_bytes()).hexdigest()}" in printed
     assert "sd.safetensors: SD1.x, single file, no averages, with VAE" in printed
     assert "unet   1,670,884 parameters, all finite: OK" in printed
     stored, model = load_file(out), load_weights(out)
@@ -191,7 +189,7 @@ def test_averages_are_taken_only_if_asked_for(model, mini, weights, tmp_path):
     assert_same(model, weights)
     assert_refused(written(both, mini), model, "has no averaged weights .*leave --ema out", ema=True)
     averages.popitem()
-    assert_refused(written(both, {**mini, **averages}), model, f"lacks {UNET}", ema=True)
+    assert_refused(written(both, {**mini, **averages}), model, f"nothing at {UNET}", ema=True)
 
 
 @pytest.mark.parametrize("make", (
@@ -209,16 +207,17 @@ def test_the_vae_of_another_file_replaces_the_checkpoints_own(model, mini, weigh
 
 
 def test_tensors_that_do_not_fit_are_named(model, mini, tmp_path):
-    """All of them in one sentence: missing, left over, of another shape, there under two names."""
+    """In one sentence: missing, left over, of another shape, there under two names."""
     vae, path = bare(mini, VAE), written(tmp_path / "sd.safetensors", mini)
     del vae["quant_conv.bias"]
-    assert_refused(path, model, f"lacks {VAE}quant_conv.bias:", vae=str(written(tmp_path / "vae", vae)))
+    assert_refused(path, model, f"has nothing at {VAE}quant_conv.bias, ", vae=str(written(tmp_path / "vae", vae)))
     mini["betas.typo"] = mini.pop(BIAS)
     mini[CONV_IN] = torch.zeros(32, 8, 3, 3)
     mini["cond_stage_model.transformer.final_layer_norm.bias"] = torch.zeros(32)
-    assert_refused(written(path, mini), model, rf"lacks {BIAS}; has left over betas.typo, "
-                   rf"{TEXT}final_layer_norm.bias \(again\); has in another shape {CONV_IN} "
-                   r"\[32, 8, 3, 3\] instead of \[32, 4, 3, 3\]: nothing was written")
+    for words in (rf"nothing at {BIAS}, expected \(4,\)", r"at betas.typo, expected nothing",
+                  rf"at {TEXT}final_layer_norm.bias \(again\), expected nothing", "; 4 keys differ",
+                  rf"\(32, 8, 3, 3\) at {CONV_IN}, expected \(32, 4, 3, 3\)"):
+        assert_refused(written(path, mini), model, words)
 
 
 @pytest.mark.parametrize("make, message", (

@@ -258,12 +258,6 @@ def test_latents_are_scaled_on_the_way_out_and_unscaled_on_the_way_in(chunk):
     assert largest(vae.encode(video), raw * 0.18215) <= 1e-5
 
 
-@pytest.mark.parametrize("size", ((18, 16), (16, 18)))
-def test_the_vae_refuses_sizes_that_it_cannot_halve(size):
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels.*multiples of 4"):
-        VAE(SMALL).encode(torch.zeros(1, 3, 1, *size))
-
-
 # --- Stable Diffusion 1.5 ---------------------------------------------------------------------------------
 
 def test_the_sd15_preset_has_exactly_the_tensors_of_the_real_checkpoint():

@@ -192,8 +192,7 @@ def test_devices_share_the_frames_of_a_joint_window_and_the_rest_is_shared_out(d
     places = assign([[w] for w in plan], [len(w.frames) for w in plan], devices)
     assert places[0] == (None, 31 / devices) and {device for device, _ in places[1:]} == set(range(devices))
     assert sum(share(31, devices)) == 31 and max(share(31, devices)) - min(share(31, devices)) <= 1
-    part = plan[0].part(slice(0, 2))
-    assert (part.frames, part.new, part.given) == ((0, 4), (4,), (0,)) and plan[0].joint and not plan[1].joint
+    assert plan[0].joint and not plan[1].joint
     with pytest.raises(ValueError, match="4 processes cannot share a window of 3 frames"):
         share(3, 4)
 
@@ -201,8 +200,7 @@ def test_devices_share_the_frames_of_a_joint_window_and_the_rest_is_shared_out(d
 @pytest.mark.parametrize("call, sentence", [
     (lambda: autoregressive(0), "a video of 0 frames"), (lambda: hierarchical(-3), "a video of -3 frames"),
     (lambda: hierarchical(5, (0, 5)), r"5 frames has no frames \(0, 5\)"), (lambda: joint(5, ()), "give"),
-    (lambda: hierarchical(9, (-1,)), "from 0 on"), (lambda: joint(9, max_stride=0), "max_stride 0: try 16"),
-    (lambda: extension(121, 121), "cannot be lengthened to 121"), (lambda: verify([], 0), "0 frames")])
+    (lambda: hierarchical(9, (-1,)), "from 0 on"), (lambda: verify([], 0), "0 frames")])
 def test_an_impossible_request_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
