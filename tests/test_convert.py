@@ -210,7 +210,8 @@ def test_tensors_that_do_not_fit_are_named(model, mini, tmp_path):
     """In one sentence: missing, left over, of another shape, there under two names."""
     vae, path = bare(mini, VAE), written(tmp_path / "sd.safetensors", mini)
     del vae["quant_conv.bias"]
-    assert_refused(path, model, f"has nothing at {VAE}quant_conv.bias, ", vae=str(written(tmp_path / "vae", vae)))
+    vae = written(tmp_path / "vae", vae)
+    assert_refused(path, model, f"has nothing at {VAE}quant_conv.bias, ", vae=str(vae))
     mini["betas.typo"] = mini.pop(BIAS)
     mini[CONV_IN] = torch.zeros(32, 8, 3, 3)
     mini["cond_stage_model.transformer.final_layer_norm.bias"] = torch.zeros(32)
