@@ -686,9 +686,8 @@ def write_scores(args, model, device):
     data.cache(args.data, model, device)
     clips, rows = data.folder_clips(args.data, model, args.stage), []
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
-    for name, batches in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
-        batches = [to_device(batch, device) for batch in batches]
-        loss = validation_loss(model, batches, args, device)["val_loss"]
+    for name, parts in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
+        loss = validation_loss(model, [to_device(part, device) for part in parts], args, device)["val_loss"]
         rows.append({"clip": name, "stage": args.stage, "loss": loss})
     write_csv(args.score, rows)
     print(f"wrote {args.score}: {len(rows)} clips; next: data.py --drop_hardest 0.1 --scores {args.score}")
