@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from model import TINY_WEIGHTS, checksum, choose_device, complete, load_weights
-from schedule import STAGES, Window, reach, shortest_clip, window_shapes
+from schedule import STAGES, reach, shortest_clip, window_shapes
 
 
 @dataclass
@@ -359,15 +359,16 @@ def folder_clips(folder, model, stage, split=None, drop=None):
     if not parts:
         raise ValueError(f"no clip of {folder} is left to train on: --stage {stage} needs {needed} frames, "
                          f"see data.py --check {folder}")
-    names, size = list(parts), model.config.size
-    if Image.open(pictures_of(folder, names[0])[0]).width != size:
+    names, size, key = list(parts), model.config.size, latents_key(model)
+    pictures = [pictures_of(folder, name) for name in names]
+    if Image.open(pictures[0][0]).width != size:
         raise ValueError(f"the clips of {folder} have not the size of the model: prepare with --size {size}")
-    files = [Path(folder, "cache", latents_key(model), f"{name}.safetensors") for name in names]
+    files = [Path(folder, "cache", key, f"{name}.safetensors") for name in names]
 
     def read(i, places):
         places = places + parts[names[i]].start
         if stage == "vae":
-            return read_pictures([pictures_of(folder, names[i])[place] for place in places])
+            return read_pictures([pictures[i][place] for place in places])
         # load_file maps the file into memory: only the frames of the window are read from the disk
         return load_file(files[i])["x0"][:, places].float()
 

@@ -288,7 +288,7 @@ def prepare_model(args):
             data.SkyWorld(i).caption(30 * i) for i in range(args.worlds)]            # at all times of day
         merges = Tokenizer.learn(captions)                                           # a token for every word
         model = Model.build(replace(config, vocabulary=514 + len(merges)), merges)
-        model.about = about | ({"prompt": captions[0]} if args.data else {})        # sample.py's default
+        model.about = about | ({"prompt": captions[0]} if args.data and captions else {})
         fill(model, tensors, args.weights, only=lambda key: key.startswith(PREFIXES["vae"]))
     else:
         model = load_weights(args.weights, args.preset)
