@@ -7,13 +7,14 @@
 
 A batch is a dict: x0 (b, 4, f, h, w), latents, or pictures (b, 3, 1, H, W) for the VAE; frames (b, f), their
 numbers in the plan; given (b, f), which of them exist already; user (b, f), which of those the user gave; and
-captions, a list of b. A batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted
-run would have seen.
+captions, a list of b, and prompt_start (b,), the frame at which each took over from another, or -inf. A
+batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted run would have seen.
 """
 import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ class Clips:
     names: list
     lengths: np.ndarray              # frames of each clip
     read: callable                   # (clip, rising places (n,)) -> latents or pictures, (c, n, h, w)
-    caption: callable                # (clip, start, place) -> the prompt at a place of a video begun at start
+    caption: callable                # (clip, place) -> the prompt of a video that begins, or turns, there
     changes: callable = lambda clip: np.array([], int)    # (clip) -> places where the prompt changes
     key: str = None                  # a hash of everything that batches depend on beyond the command line
 
@@ -74,9 +75,14 @@ class Clips:
         given = torch.tensor([[frame in window.given for frame in window.frames] for window, _, _ in rows])
         first = torch.tensor([[window.depth == 0] for window, _, _ in rows])   # nothing is made before these
         x0 = [self.read(clip, row + start) for row, (_, clip, start) in zip(frames, rows)]
-        captions = [self.caption(clip, start, start + window.new[0]) for window, clip, start in rows]
+        # the new frames have the prompt with which the video began, or the one that took over last
+        turns = [[turn for turn in self.changes(clip) - start if turn <= window.new[0]]
+                 for window, clip, start in rows]
+        captions = [self.caption(clip, start + max([0, *turn]))
+                    for turn, (_, clip, start) in zip(turns, rows)]
         return {"x0": torch.stack(x0), "frames": frames, "given": given,
-                "user": given & ((frames == 0) | first), "captions": captions}
+                "user": given & ((frames == 0) | first), "captions": captions,
+                "prompt_start": torch.tensor([float(max(turn, default=-math.inf)) for turn in turns])}
 
 
 def made_from(path):
@@ -103,8 +109,7 @@ def sky_clips(path, encode, seeds, frames, size, key):
     x0 = load_file(path)["x0"]    # (worlds, c, f, h, w)
     return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
                  lambda i, places: x0[i][:, places].float(),
-                 lambda i, start, place: worlds[i].prompt(frames[0] + start * frames.step,
-                                                          frames[0] + place * frames.step),
+                 lambda i, place: worlds[i].caption(frames[0] + place * frames.step),
                  lambda i: worlds[i].rushes)
 
 
@@ -375,7 +380,7 @@ def folder_clips(folder, model, stage, split=None, drop=None):
     found = [(name, parts[name], clips[name]["caption"], "" if stage == "vae" else made_from(file))
              for name, file in zip(names, files)]
     return Clips(names, np.array([len(part) for part in parts.values()]), read,
-                 lambda i, start, place: clips[names[i]]["caption"], key=checksum({}, str(found)))
+                 lambda i, place: clips[names[i]]["caption"], key=checksum({}, str(found)))
 
 
 def scoring_batches(clips, shapes, count=4):
@@ -575,10 +580,6 @@ class SkyWorld:
         frames = np.asarray(frames)
         done = ((frames[..., None] - self.rushes + 1) / rush).clip(0, 1)
         return (self.start + frames / DAY + done @ self.skipped) % 1
-
-    def prompt(self, start, frame):
-        """The caption that holds at a frame of a video: that of its start, or of the last rush since."""
-        return self.caption(max([start, *self.rushes[self.rushes <= frame]]))
 
     def caption(self, frame=0):
         """What the world shows at a frame, in words; during a rush, where that leads."""

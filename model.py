@@ -37,6 +37,7 @@ from diffusion import NoiseSchedule, precondition
 
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
 TEXT_TOKENS = 77         # length of every prompt, start and end tokens and padding included
+SETTLED = 64             # frames after which a prompt is no news: the video has had time to follow it
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ class UNet(nn.Module):
         self.temporal_gate = zero(nn.Linear(c.temporal_emb_dim, 2 * 4))
         self.schedule = NoiseSchedule(c.prediction, c.zero_terminal_snr)
 
-    def forward(self, x, t, context, frames=None, given=None, temporal=True, with_prior=False, clips=None):
+    def forward(self, x, t, context, frames=None, given=None, prompt_start=None, temporal=True,
+                with_prior=False, clips=None):
         """Returns eps or v, in the shape of x with 4 channels. One frame, or temporal=False, is plain SD.
 
         x        latents (b, c, f, h, w)
@@ -248,6 +250,7 @@ class UNet(nn.Module):
         context  text embeddings (b, 77, d)
         frames   frame numbers (b, f), of which only differences matter; default 0, 1, 2 ...
         given    (b, f) bool: which frames are given, default none
+        prompt_start  (b,) the frame at which this prompt took over from another, default -inf: none did
         with_prior  return the prior too, in the same shape (None for one frame): it has a loss of its own
         clips    a `ClipParallel`, if processes share a window; x, t, frames and given are this process's"""
         b, c, f, h, w = x.shape
@@ -256,7 +259,7 @@ class UNet(nn.Module):
                              f"multiples of {self.factor}, and t one level per frame, {(b, f)}")
         window = None
         if temporal and (clips.total if clips else f) > 1:
-            window = look_around(self.temporal_embed, x, t, context, frames, given, clips or WholeWindow())
+            window = look_around(self.temporal_embed, x, t, context, frames, given, prompt_start, clips)
         output, prior = self.second_half(x, t, context, window, *self.first_half(x, t, context, window))
         return (output, prior) if with_prior else output
 
@@ -301,22 +304,11 @@ def is_temporal(name):
 
 
 # --- what the temporal layers are told about their window, and the prior ------------------------------------
-class WholeWindow:
-    """Which frames of a window this process has: all. `ClipParallel` shares a window among several."""
-    all_places = halo_places = seen_places = None   # to fetch: all; with neighbours; the scope of attention
-    here = in_halo = in_seen = slice(None)          # where this process's own frames are in each of these
-    mask = None                                     # added to the logits of temporal attention
-
-    def fetch(self, x, places):
-        """The frames x (b, f, ...) of this process -> the frames at those places of the window."""
-        return x
-
-
 @dataclass
 class WindowInfo:
     """What temporal layers know about their window. Gaps and distances are in frames of the video."""
     b: int
-    clips: WholeWindow
+    clips: object            # a `ClipParallel`: which frames this process has. Fetching: those of others
     gap: torch.Tensor        # (b, f-1) from each frame to the next
     distance: torch.Tensor   # (b, f, f) signed distance of every frame from every other
     emb: torch.Tensor        # (b, f, e) what each frame is told about itself
@@ -328,20 +320,22 @@ class WindowInfo:
 
 class FrameEmbedding(nn.Module):
     """What temporal layers are told about each frame, (b, f, e): its noise level; how far and how noisy the
-    nearest given frames are; how far the first new frame is; and a few numbers per token of the text, as a
-    mean over all tokens would drown the one word that matters."""
+    nearest given frames are; how far the first new frame is; how long its prompt has held; and a few numbers
+    per token of the text, as a mean over all tokens would drown the one word that matters."""
     def __init__(self, dim, context_dim):
         super().__init__()
         self.token = nn.Linear(context_dim, 8)
         self.text = nn.Linear(8 * TEXT_TOKENS, dim)
-        # own level, three distances and two levels of given frames, three flags
-        self.mlp = nn.Sequential(nn.Linear(64 + 5 * 32 + 3, dim), nn.SiLU(), nn.Linear(dim, dim))
+        # own level, four distances and two levels of given frames, three flags
+        self.mlp = nn.Sequential(nn.Linear(64 + 6 * 32 + 3, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t, frames, given, before, after, context):
+    def forward(self, t, frames, given, before, after, context, prompt_start):
         known = torch.stack([given, before >= 0, after >= 0], dim=-1).float()             # (b, f, 3)
         at = lambda values, index: values.gather(1, index.clamp(min=0))   # -1 reads frame 0: `known` tells
         first_new = at(frames, (~given).int().argmax(1, keepdim=True))                    # (b, 1)
-        places = [frames - at(frames, before), at(frames, after) - frames, frames - first_new]
+        # "night" beside bright frames: a new prompt, or one that has held since the night before?
+        held = (frames - prompt_start[:, None]).clamp(-SETTLED, SETTLED)
+        places = [frames - at(frames, before), at(frames, after) - frames, frames - first_new, held]
         parts = [sinusoids(t, 64), *(distance_embedding(place) for place in places)]
         parts += [sinusoids(at(t, index), 32) for index in (before, after)]
         text = self.text(self.token(context).flatten(1))                                  # (b, e)
@@ -372,15 +366,17 @@ def blend_weights(frames, nodes, known):
     return torch.where(others, above / torch.where(others, below, 1), 1).prod(-1) * known
 
 
-def look_around(embed, x, t, context, frames, given, clips):
+def look_around(embed, x, t, context, frames=None, given=None, prompt_start=None, clips=None):
     """The `WindowInfo` of a window; embed: a `FrameEmbedding`, the others as for `UNet.forward`."""
     b, _, f, h, w = x.shape
+    clips = clips or ClipParallel([f])      # one process has them all; `fetch` then does nothing
     frames = torch.arange(f, device=x.device).expand(b, f) if frames is None else frames
     given = torch.zeros(b, f, dtype=torch.bool, device=x.device) if given is None else given
+    prompt_start = torch.full((b,), -math.inf, device=x.device) if prompt_start is None else prompt_start
     mine = rearrange(x[:, :4], "b c f h w -> b f c h w"), t, frames, given
     all_latents, all_t, all_frames, all_given = (clips.fetch(values, clips.all_places) for values in mine)
     nearest = nearest_given(all_given)
-    emb = embed(all_t, all_frames, all_given, *nearest[..., :2].unbind(-1), context)
+    emb = embed(all_t, all_frames, all_given, *nearest[..., :2].unbind(-1), context, prompt_start)
     nearest, emb = nearest[:, clips.here], emb[:, clips.here]
 
     # the four given frames nearest to each frame: their latents and where they are; zeros where there is none
@@ -563,7 +559,7 @@ def keep_activations(eight_bit, home, dtype):
 
 
 # --- several devices, one window: clip parallelism, dual-scope attention (Tan et al. 2406.16260) ------------
-class ClipParallel(WholeWindow):
+class ClipParallel:
     """Processes share a window: each has a clip of its frames and fetches from the others what it lacks.
 
     lens: how many frames each process has. rank: which process this is. The scope of temporal attention: each
@@ -581,12 +577,14 @@ class ClipParallel(WholeWindow):
         own = lambda places: slice(places[rank].index(first), places[rank].index(first) + n)
         self.here, self.in_halo = own(self.all_places), own(self.halo_places)
         self.in_seen = own(self.seen_places)
+        self.mask = None     # added to the logits of temporal attention
         if radius < self.total - 1:
             queries, keys = torch.tensor(self.clips[rank])[:, None], torch.tensor(self.seen_places[rank])
             in_scope = ((queries - keys).abs() <= radius) | torch.isin(keys, torch.tensor(everywhere))
             self.mask = torch.where(in_scope, 0.0, -math.inf)                             # (f, seen)
 
     def fetch(self, x, places):
+        """The frames x (b, f, ...) of this process -> the frames at those places of the window."""
         if len(self.clips) == 1:
             return x
         # every process knows what all want, and must call this when they do; gloo sends from the CPU

@@ -40,13 +40,14 @@ FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps 
 
 
 @torch.no_grad()
-def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0, seeds=(0,), t_given=None,
-                   eta=0.0, clips=None):
+def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, levels, scale=1.0, seeds=(0,),
+                   t_given=None, eta=0.0, clips=None):
     """Make the new frames of a batch of windows.   latents (b, 4, f, h, w) -> the same shape
 
     latents  hold the given frames, which come back bit for bit; what they hold at new frames is ignored
     frames   (b, f) absolute frame numbers; new (b, f) bool; seeds: one per window
     text     (context, context of the negative prompt), each (b, 77, d); scale: of guidance, 1 is off
+    prompt_start  (b,) the frame at which the prompt took over from another; -inf if none did
     levels   the noise levels that new frames walk down: [999, 749, 499, 249, -1]
     t_given  (b, f) noise augmentation: the level that each given frame is raised to; 0, the default, is clean
     eta      0 is DDIM, 1 adds fresh noise at every step, like DDPM (see `ddim_step`)
@@ -68,10 +69,11 @@ def denoise_window(unet, schedule, latents, frames, new, text, levels, scale=1.0
     for step, (level, next_level) in enumerate(zip(levels, levels[1:])):
         t, t_prev = torch.where(new, level, t_given), torch.where(new, next_level, t_given)
         if scale == 1:
-            output = unet(x, t, text[0], frames, ~new, clips=clips)
+            output = unet(x, t, text[0], frames, ~new, prompt_start, clips=clips)
         else:   # classifier-free guidance: once with the prompt, once with the negative prompt
             twice = lambda v: torch.cat([v, v])
-            output = unet(twice(x), twice(t), torch.cat(text), twice(frames), twice(~new), clips=clips)
+            output = unet(twice(x), twice(t), torch.cat(text), twice(frames), twice(~new),
+                          twice(prompt_start), clips=clips)
             output = guide(*output.chunk(2), scale)
         fresh = noise("fresh", step) if eta > 0 else None
         x = pick(new, ddim_step(schedule, x, t, t_prev, output, eta, fresh), kept)
@@ -125,7 +127,8 @@ class Sampler:
     def make(self, batch, store, text, seed, user=(), borders=(0,)):
         """Make the new frames of windows of one kind. Of a joint window each process makes its own clip."""
         first, tensor = batch[0], lambda rows: torch.tensor(rows, device=self.device)
-        segments = tensor([bisect_right(borders, window.new[0]) - 1 for window in batch])
+        segments = [bisect_right(borders, window.new[0]) - 1 for window in batch]
+        prompt_start = tensor([borders[segment] if segment else -math.inf for segment in segments])
         # Without given frames early mistakes stay. Fresh noise at every step lets later steps mend them
         # (2206.00364, section 4).
         steps, eta = (self.args.steps, 0.0) if first.given else (max(self.args.steps, FIRST_FRAME_STEPS), 1.0)
@@ -137,7 +140,7 @@ class Sampler:
         latents = torch.stack([store.read(row) for row in rows]).to(self.device)
         latents = denoise_window(
             self.model.unet, self.schedule, latents, frames, new, [context[segments] for context in text],
-            self.levels(steps), self.args.guidance_scale, [seed] * len(batch),
+            prompt_start, self.levels(steps), self.args.guidance_scale, [seed] * len(batch),
             torch.where(ours & ~new, self.aug, 0), eta, clips).cpu()   # the user's frames stay clean
         if not torch.isfinite(latents).all():
             raise ValueError(f"frames {first.new} came out as numbers that are not finite: try --device cpu")

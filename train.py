@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from convert_sd_weights import lora_tensors, merge_lora
 from diffusion import T, ddim_timesteps
-from model import (PREFIXES, PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, Tokenizer, WholeWindow, add_lora,
+from model import (PREFIXES, PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, Tokenizer, add_lora,
                    checksum, choose_device, complete, fill, is_temporal, keep_activations, load_weights,
                    look_around, read_weights, save_weights, store_in_8bit)
 from sample import denoise_window, processes
@@ -117,9 +117,9 @@ def parse(argv):
 def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet=None):
     """Noise the new frames of windows, let the UNet denoise them, and measure how wrong it is.
 
-    batch: x0 (b, 4, f, h, w), frames, given and user (b, f), captions. seed: of the noise. part: the
-    examples of the batch to compute. levels: (t_new, t_given), fixed, for validation. unet: in place of the
-    model's, for --pipeline. Returns what to descend on, and the mean squared error."""
+    batch: x0 (b, 4, f, h, w), frames, given and user (b, f), captions, prompt_start (b,). seed: of the noise.
+    part: the examples of the batch to compute. levels: (t_new, t_given), fixed, for validation. unet: in
+    place of the model's, for --pipeline. Returns what to descend on, and the mean squared error."""
     unet, schedule = unet or model.unet, model.unet.schedule
     x0, given, user, b = batch["x0"], batch["given"], batch["user"], len(batch["x0"])
     generator, device = torch.Generator().manual_seed(seed), x0.device
@@ -138,7 +138,7 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
     clean = (given & (t == 0))[:, None, :, None, None]        # even level 0 has a little noise: add none
     x_t = torch.where(clean, x0, schedule.q_sample(x0, t, eps))
     context = embed(model, batch, None if levels else seed)                                     # (b, 77, d)
-    inputs = (values[part] for values in (x_t, t, context, batch["frames"], given))
+    inputs = (values[part] for values in (x_t, t, context, batch["frames"], given, batch["prompt_start"]))
     output, prior = unet(*inputs, with_prior=True)            # eps or v, and the prior
     new = ~given[part]
 
@@ -424,7 +424,7 @@ def sample_sheet(model, batch, step, args, device):
         text, levels = [embed(model, batch)] * 2, ddim_timesteps(steps) + [-1]
         with forward_context(args, device):
             latents = denoise_window(model.unet, model.unet.schedule, batch["x0"], batch["frames"],
-                                     ~batch["given"], text, levels, seeds=range(n))
+                                     ~batch["given"], text, batch["prompt_start"], levels, seeds=range(n))
         truth, made = (vae.decode(x.float().to(home)) for x in (batch["x0"], latents))
     path = lambda name: os.path.join(args.out, "samples", name)
     os.makedirs(path(""), exist_ok=True)
@@ -586,7 +586,7 @@ def dry_run(args, device, why, mode=FakeTensorMode):
         trained, size = sum(p.nbytes for p in trainable.values()), config.size // config.vae_factor
         batch = {"x0": torch.zeros(b, 4, f, size, size), "frames": torch.arange(f).repeat(b, 1),
                  "given": torch.zeros(b, f).bool(), "user": torch.zeros(b, f).bool(),
-                 "captions": [""] * b}
+                 "captions": [""] * b, "prompt_start": torch.zeros(b)}
         model.remembered[""] = torch.zeros(TEXT_TOKENS, config.text_width)
         with MemoryMeter(known) as meter:
             with forward_context(args, torch.device("cpu"), "meta"):
@@ -637,8 +637,8 @@ def pipeline_step(model, batch, seed, part, args, device, scaler):
     first, peer = dist.get_rank() % 2 == 0, dist.get_rank() ^ 1
     n = (part.stop - part.start) * args.gradient_accumulation_steps
 
-    def half(x, t, context, frames, given, with_prior):
-        window = look_around(unet.temporal_embed, x, t, context, frames, given, WholeWindow())
+    def half(x, t, context, frames, given, prompt_start, with_prior):
+        window = look_around(unet.temporal_embed, x, t, context, frames, given, prompt_start)
         if first:
             kept.append(unet.first_half(x, t, context, window))
             dist.send_object_list([[x.detach().cpu() for x in kept[-1]]], peer)

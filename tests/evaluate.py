@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import data  # noqa: E402
 import sample  # noqa: E402
-from model import WholeWindow, checksum, look_around  # noqa: E402
+from model import checksum, look_around  # noqa: E402
 
 COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "aug", "weights", "temporal")
 BASELINES = ("VAE round trip", "copy first frame", "blend true ends", "cubic, every 4th true")
@@ -137,7 +137,7 @@ def make(name, cell, plan, sampler, world, truth, seed, folder):
     if name == "cubic, every 4th true":        # the blend that the model's prior begins with
         latents, given = encode(truth), torch.arange(n, device=sampler.device)[None] % 4 == 0
         window = look_around(model.unet.temporal_embed, latents, torch.zeros_like(given, dtype=torch.long),
-                             model.context([""]), None, given, WholeWindow())
+                             model.context([""]), None, given)
         return decode(window.blend.transpose(0, 1)[None])
     store = sample.Store(folder, sampler.shape)
     store.write([0], encode(truth[:, :1])[0].cpu())

@@ -1,5 +1,6 @@
 """pytest tests/test_data.py: batches are functions of (seed, step), videos become clips, the sky is a sky."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
 
 def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
     """The length of a list does not count, and a clip too short for a window is never drawn or scored."""
-    source = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), caption=lambda i, start, place: str(i),
+    source = data.Clips(["a", "b", "c"], np.array([5, 9, 12]), caption=lambda i, place: str(i),
                         read=lambda i, places: (100 * i + places).float()[None, :, None, None])
     often = [Window((0, 2, 8), (2,), "interp", 1)]         # at depth 1 only frame 0 is the user's
     seldom = [Window((n, n + 2, n + 8), (n + 2,), "interp", 0) for n in (3, 4, 5, 6)]
@@ -62,15 +63,16 @@ def test_windows_are_drawn_by_their_shares_at_every_place_where_they_fit():
 
 
 def test_where_a_prompt_changes_half_of_the_windows_begin_with_the_change():
-    """So that it says something. No window goes on past a change."""
+    """So that it says something. No window goes on past a change, and the batch says where it was."""
     turns = np.array([150, 300])
     source = data.Clips(["calm", "restless"], np.array([400, 400]), changes=lambda i: turns[:2 * i],
-                        caption=lambda i, start, place: str(i * np.searchsorted(turns, place, "right")),
+                        caption=lambda i, place: f"{i} {place}",
                         read=lambda i, places: (1000 * i + places).float()[None, :, None, None])
     on, between = Window((0, 16, 32), (16, 32), "starter", 0), Window((0, 16, 32), (16,), "interp", 0)
     # of 368 places, 32 begin with a new prompt, and where windows go on 32 have one in the middle
     for window, expected in (on, 0.5 + 0.5 * 32 / 336), (between, 32 / 368):
-        places = source.windows([(1, [window])], 0, 0, 4000)["x0"][:, 0, :, 0, 0]
+        batch = source.windows([(1, [window])], 0, 0, 4000)
+        places = batch["x0"][:, 0, :, 0, 0]
         begins, straddles = (
             torch.tensor([any(first < turn <= last for turn in turns) for first, last in pairs])
             for pairs in (places[:, :2] % 1000, places[:, 1:] % 1000))
@@ -78,6 +80,11 @@ def test_where_a_prompt_changes_half_of_the_windows_begin_with_the_change():
         assert abs(begins[restless].float().mean() - expected) < 0.03
         assert abs(begins[~restless].float().mean() - 32 / 368) < 0.03
         assert straddles[restless].any() == (window is between)
+        for first, new, caption, prompt_start in zip(*places[:, :2].long().T.tolist(), batch["captions"],
+                                                     batch["prompt_start"].tolist()):
+            clip, first, new = first // 1000, first % 1000, new % 1000
+            last = max([turn for turn in turns[:2 * clip] if turn <= new], default=-math.inf)
+            assert caption == f"{clip} {max(first, last)}" and prompt_start == last - first
 
 
 def test_sky_latents_are_made_once_and_again_when_the_vae_changes(tmp_path):
@@ -94,10 +101,10 @@ def test_sky_clips_say_where_their_prompts_change(tmp_path):
     """In every second world of a video, at a frame of 100 to 240 and again."""
     source = sky_clips(str(tmp_path / "x"), lambda video: video[..., :1, :1], range(4), range(481), 64, "x")
     for i in range(4):
-        captions = [source.caption(i, 0, place) for place in range(481)]
-        changes = [place for place in range(1, 481) if captions[place] != captions[place - 1]]
-        assert changes == [place for place in source.changes(i) if place < 481]
+        changes = [place for place in source.changes(i) if place < 481]
         assert bool(changes) == (i % 2 == 1)
+        for before, change in zip([0, *changes], changes):
+            assert source.caption(i, before) != source.caption(i, change)
 
 
 # --- your own videos ----------------------------------------------------------------------------------------
@@ -301,7 +308,7 @@ def test_clips_of_a_folder_are_its_pictures_or_their_latents(prepared, small_wei
         i, video = source.names.index("4.mp4/000"), frames_of(prepared, "4.mp4/000")
         with torch.no_grad():
             truth = video if stage == "vae" else model.vae.encode(video[None])[0].half().float()
-        assert torch.equal(source.read(i, places), truth[:, places]) and source.caption(i, 0, 9) == "world 4"
+        assert torch.equal(source.read(i, places), truth[:, places]) and source.caption(i, 9) == "world 4"
 
 
 def test_frames_to_validate_on_are_chosen_by_what_does_not_change(tmp_path, small_weights):
@@ -452,10 +459,10 @@ def test_the_light_of_a_restless_world_goes_where_the_captions_say():
         assert np.allclose(data.sideways(gone, world.skipped), 0) and np.abs(world.skipped).max() <= 0.5
         assert np.allclose(calm.hour(np.arange(before[0])), world.hour(np.arange(before[0])))
         names = [data.time_of_day(hour) for hour in world.hour(after) - (data.RUSH - 1) / DAY]
-        prompts = [world.prompt(0, frame) for frame in world.rushes]
+        prompts = [world.caption(frame) for frame in world.rushes]
         assert all(f", {name}, " in caption for name, caption in zip(names, prompts))
-        assert [world.prompt(0, frame) for frame in before] == [calm.caption(), *prompts[:-1]]
-        assert calm.prompt(30, 400) == calm.caption(30) == world.prompt(30, 33)
+        assert all(one != other for one, other in zip([calm.caption(), *prompts], prompts))
+        assert calm.caption(33) == world.caption(33)
 
 
 def test_a_contact_sheet_has_gaps_and_labels():

@@ -1,5 +1,6 @@
 """pytest tests/test_long.py: long videos stop and go on, grow, pass through pictures, share their work."""
 
+import math
 import multiprocessing
 import os
 import socket
@@ -150,12 +151,12 @@ def test_an_extension_leaves_what_exists_and_can_be_interrupted_too(tmp_path, re
 
 @pytest.fixture
 def windows(monkeypatch):
-    """What `denoise_window` is called with: (latents, frames, new, text, t_given) of each window."""
+    """What `denoise_window` gets: (latents, frames, new, text, prompt_start, t_given) of each window."""
     seen, denoise = [], sample.denoise_window
 
     def spy(*args):
-        _, _, latents, frames, new, text, _, _, _, t_given, *_ = args
-        seen.extend(zip(latents, frames.tolist(), new, zip(*text), t_given))
+        _, _, latents, frames, new, text, prompt_start, _, _, _, t_given, *_ = args
+        seen.extend(zip(latents, frames.tolist(), new, zip(*text), prompt_start.tolist(), t_given))
         return denoise(*args)
 
     monkeypatch.setattr(sample, "denoise_window", spy)
@@ -171,9 +172,9 @@ def test_keyframes_come_back_unchanged_and_are_never_noised(tmp_path, restless_w
                  *[f"{frame}:{tmp_path / str(frame)}.png" for frame in pictures])
     for frame, colour in pictures.items():
         assert (sample.read_frames(folder, [frame]) == colour).all()
-    levels = {(frame in pictures, int(t)) for _, frames, new, _, t_given in windows
+    levels = {(frame in pictures, int(t)) for _, frames, new, *_, t_given in windows
               for frame, is_new, t in zip(frames, new, t_given) if not is_new}
-    made = [frame for _, frames, new, _, _ in windows for frame, is_new in zip(frames, new) if is_new]
+    made = [frame for _, frames, new, *_ in windows for frame, is_new in zip(frames, new) if is_new]
     assert sorted(made) == sorted(set(range(40)) - set(pictures)) and levels == {(True, 0), (False, 100)}
 
 
@@ -190,13 +191,14 @@ def test_the_last_frame_of_a_loop_is_given_the_first(tmp_path, restless_weights,
 
 
 def test_each_frame_is_made_under_the_prompt_of_its_segment(tmp_path, restless_weights, windows):
-    """The network sees the embedding of the prompt of the segment, and the negative prompt's."""
+    """The network sees the embedding of the prompt of the segment, the negative prompt's, and when it began."""
     run(tmp_path, restless_weights, "--negative_prompt", "day", "--prompts", "0:dawn", "17:night, at 12:30")
     dawn, night, day = load_weights(restless_weights).context(["dawn", "night, at 12:30", "day"])
     assert len(windows) > 10
-    for _, frames, new, (prompt, negative), _ in windows:
+    for _, frames, new, (prompt, negative), prompt_start, _ in windows:
         late, = {frame >= 17 for frame, is_new in zip(frames, new) if is_new}
         assert torch.allclose(prompt, night if late else dawn, atol=1e-5)
+        assert prompt_start == (17 if late else -math.inf)
         assert torch.allclose(negative, day, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ its texts could need, each under its real number, and the ids that CLIP's own to
 
 import gzip
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 from model import (PREFIXES, PRESETS, VAE, ClipParallel, Model, PseudoConv3d, TextEncoder, Tokenizer, UNet,
-                   WholeWindow, WindowInfo, attention, blend_weights, is_temporal, load_weights, look_around,
+                   WindowInfo, attention, blend_weights, is_temporal, load_weights, look_around,
                    nearest_given, save_weights)
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -106,8 +107,11 @@ def test_temporal_layers_see_distances_levels_text_and_given_frames_but_not_wher
     for change in ({"frames": frames * 4}, {"t": other_level}, {"given": ~given}):
         assert largest(last(**change), last()) > 1e-3, change
     assert largest(last(frames=frames + 1000), last()) <= 1e-5
-    emb = lambda context: look_around(unet.temporal_embed, x, t, context, frames, given, WholeWindow()).emb
-    assert largest(emb(context.flip(1)), emb(context)) > 1e-3
+    start = torch.tensor([-math.inf, 2.0])
+    emb = lambda context, start: look_around(unet.temporal_embed, x, t, context, frames, given, start).emb
+    assert largest(emb(context.flip(1), start), emb(context, start)) > 1e-3
+    assert largest(emb(context, start - 1)[1], emb(context, start)[1]) > 1e-3
+    assert torch.equal(emb(context, start), emb(context, start.clamp(-1000)))    # long ago is no news
 
 
 @torch.no_grad()
@@ -138,7 +142,7 @@ def test_the_frames_before_and_after_fade_with_their_distance():
     torch.nn.init.dirac_(conv.weight)
     torch.nn.init.zeros_(conv.bias)
     x = torch.randn(3, 2, 4, 4)
-    window = WindowInfo(1, WholeWindow(), torch.tensor([[1.0, 4.0]]), *[None] * 6)
+    window = WindowInfo(1, ClipParallel([3]), torch.tensor([[1.0, 4.0]]), *[None] * 6)
     conv.temporal.weight[:2, :, 0, 0] = torch.eye(2)
     assert largest(conv(x, window), torch.stack([x[0], x[1] + x[0], x[2] + x[1] / 2])) <= 1e-6
     conv.temporal.weight[:2] = 0
@@ -197,7 +201,7 @@ def test_every_frame_is_shown_its_nearest_given_frames():
     """As 9 channels: latents before, latents after, given or not; with their distances, shares and blend."""
     unet, (x, t, context) = small_unet(), window_inputs(b=1)
     look = lambda frames, given: look_around(unet.temporal_embed, x, t, context, torch.tensor([frames]),
-                                             torch.tensor([given]).bool(), WholeWindow())
+                                             torch.tensor([given]).bool())
     window = look([0, 2, 3, 6, 7], [0, 1, 0, 1, 0])
     for i, (before, after) in enumerate(((None, 1), (1, 1), (1, 3), (3, 3), (3, None))):
         shown = [torch.zeros(4, 8, 8) if j is None else x[0, :, j] for j in (before, after)]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ def pixels(folder):
 
 B, FRAMES = 2, [0, 4, 8, 12, 16]
 LATENTS = torch.randn(B, 4, len(FRAMES), 8, 8, generator=torch.Generator().manual_seed(0))
+START = torch.tensor([-math.inf, 8.0])
 TEXT = torch.randn(2, B, 77, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -38,14 +40,14 @@ def denoise(unet, rows=slice(None), steps=(999, 499, -1), **options):
     """`denoise_window` on two windows of five frames, of which every second is given."""
     frames, options = torch.tensor([FRAMES] * B), {"seeds": [5, 6]} | options
     return sample.denoise_window(unet, NoiseSchedule("v", True), LATENTS[rows], frames[rows],
-                                 (frames % 8 != 0)[rows], tuple(TEXT[:, rows]), steps, **options)
+                                 (frames % 8 != 0)[rows], tuple(TEXT[:, rows]), START[rows], steps, **options)
 
 
 def test_a_network_that_knows_the_answer_gives_it_and_given_frames_come_back_bit_for_bit():
     """An oracle for v, from x_t and the true x0: every step leads to x0, in DDIM and with fresh noise."""
     schedule, truth = NoiseSchedule("v", True), LATENTS.flip(3)
 
-    def knows(x, t, context, frames, given, clips):
+    def knows(x, t, context, frames, given, prompt_start, clips):
         abar = schedule.alpha_bar[t][:, None, :, None, None]
         return (abar.sqrt() * x - truth) / (1 - abar).sqrt()
 
@@ -59,7 +61,7 @@ def test_given_frames_are_noised_to_their_level_and_the_network_is_told():
     """At every step a frame with a level is the same q_sample of its latents; one at level 0 is untouched."""
     seen, level = [], torch.zeros(B, 5, dtype=torch.long)
     level[0, 0] = 100
-    denoise(lambda x, t, context, frames, given, clips: seen.append((x, t)) or x, t_given=level)
+    denoise(lambda x, t, context, frames, given, prompt_start, clips: seen.append((x, t)) or x, t_given=level)
     noise = frame_noise(5, 0, LATENTS[0, :, 0].shape, "aug")
     noised = NoiseSchedule("v", True).q_sample(LATENTS[:1, :, 0], torch.tensor([100]), noise[None])[0]
     assert [t[0].tolist() for _, t in seen] == [[100, 999, 0, 999, 0], [100, 499, 0, 499, 0]]
@@ -72,8 +74,9 @@ def test_guidance_of_one_asks_once_and_more_leads_from_the_negative_prompt_to_th
     """Scale 1 is the prompt alone; the output is linear in the scale."""
     asked = []
 
-    def says_its_prompt(x, t, context, frames, given, clips):
+    def says_its_prompt(x, t, context, frames, given, prompt_start, clips):
         asked.append(len(x))
+        assert prompt_start.tolist() == START.tolist() * (len(x) // B)
         return 0 * x + context.mean((1, 2)).view(-1, 1, 1, 1, 1)
 
     one, two, three = (denoise(says_its_prompt, steps=(999, -1), scale=scale) for scale in (1.0, 2.0, 3.0))

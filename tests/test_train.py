@@ -167,8 +167,9 @@ def test_the_loss_is_what_one_computes_by_hand(prepared, levels):
     batch["user"] = user = given & (torch.arange(given.shape[1]) == 0)
     outputs = torch.randn(2, *x0.shape)
 
-    def unet(x, t, context, frames, given, with_prior):
+    def unet(x, t, context, frames, given, prompt_start, with_prior):
         seen.update(x=x, t=t)
+        assert torch.equal(prompt_start, batch["prompt_start"])
         return tuple(outputs)
 
     descend, error = train.denoising_loss(model, batch, 5, args, levels=levels, unet=unet)
