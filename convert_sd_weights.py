@@ -201,7 +201,6 @@ def write(path, model, **about):
     for part, prefix in PREFIXES.items():
         count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
         print(f"{part:4} {count:>11,} parameters, all finite: OK")
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     save_weights(path, model, only=tensors.__contains__, **about)
 
 
@@ -232,6 +231,14 @@ def merge_lora(model, path, scale=1.0):
         raise ValueError(f"{path} is no LoRA that fits: no tensor is named like lora_unet_mid_block_..."
                          f".lora_down.weight but {', '.join(sorted(tensors)[:3])}; give one in kohya's names")
     return len(used) // 3, sorted(tensors.keys() - used)
+
+
+def merge_loras(model, items):
+    """Merge LoRA files, each FILE or FILE:SCALE, and say what found its place."""
+    for item in items:
+        path, scale = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", item).groups()
+        count, unknown = merge_lora(model, path, float(scale or 1))
+        print(f"{path}: {count} layers merged, times {scale or 1}; no place for {unknown or 'none'}")
 
 
 def lora_tensors(model):

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model import TINY_WEIGHTS, checksum, choose_device, complete, load_weights
+from model import checksum, complete
 from schedule import STAGES, reach, shortest_clip, window_shapes
 
 
@@ -103,7 +103,6 @@ def sky_clips(path, encode, seeds, frames, size, key):
     if made_from(path) != note:
         x0 = torch.cat([encode(world.video(np.array(frames))[None]).half()
                         for world in tqdm(worlds, desc="drawing worlds", unit="world")])
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with complete(path) as unfinished:
             save_file({"x0": x0}, unfinished, metadata={"about": note})
     x0 = load_file(path)["x0"]    # (worlds, c, f, h, w)
@@ -152,11 +151,9 @@ def prepare_source(name, caption, unfinished, args):
         source = ["-framerate", f"{args.fps:g}", "-i", "pictures/%05d.png"]
         for i, file in enumerate(files_in(path, PICTURES), 1):
             try:
-                image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-            except (OSError, SyntaxError) as error:    # SyntaxError: a broken PNG
-                return f"its picture {file.name} cannot be read ({error})"
-            square = ImageOps.fit(image, (args.size, args.size), Image.Resampling.LANCZOS)
-            square.save(work / "pictures" / f"{i:05d}.png")
+                read_square(file, args.size).save(work / "pictures" / f"{i:05d}.png")
+            except ValueError as error:
+                return str(error)
     # Cuts show best at the video's own frame rate, where neighbours are most alike. Frozen stretches show in
     # the frames that are kept: a file may store a picture that lasts for seconds only once.
     filters = ["settb=AVTB", "setpts=PTS-STARTPTS", f"scdet=threshold={args.cut:g}",
@@ -177,8 +174,7 @@ def prepare_source(name, caption, unfinished, args):
     starts = {place(seconds) for seconds in found("freezes.txt", r"freeze_start=(\S+)")}
     stops = {place(seconds) for seconds in found("freezes.txt", r"freeze_end=(\S+)")}
     black = max((cut for cut in cuts if cut <= args.fps / 5), default=0)    # many files open on black
-    first, last = max(black, round(args.skip[0] * args.fps)), len(frames) - round(args.skip[1] * args.fps)
-    borders = sorted(i for i in {first, last} | cuts | starts | stops if first <= i <= last)
+    borders = sorted(i for i in {black, len(frames)} | cuts | starts | stops if black <= i <= len(frames))
     for i, (start, stop) in enumerate(zip(borders, borders[1:])):
         clip = folder / f"{i:03d}"
         clip.mkdir()
@@ -217,11 +213,10 @@ def prepare(args):
         captions[name.as_posix()] = " ".join(text.split())
     if not captions:
         raise ValueError(f"{root} is not a folder with videos, GIFs or folders of pictures in it")
-    settings = {flag: getattr(args, flag) for flag in ("size", "fps", "skip", "cut")}
+    settings = {flag: getattr(args, flag) for flag in ("size", "fps", "cut")}
     path = out / "settings.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{out} was prepared with {read_json(path)}, not {settings}: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     (out / "dropped.csv").unlink(missing_ok=True)    # without it the folder counts as unfinished
     write_json(path, settings)
     # a folder of this run's own: the ffmpeg of a run that was killed may still be writing to the old one
@@ -296,8 +291,7 @@ def drop_clips(folder, refused):
     for name, why in refused.items():
         print(f"refused: {name}: {why}")
     rows = [("clip", "reason", "detail"), *((name, "corrupt", why) for name, why in refused.items()), *rows]
-    with complete(Path(folder, "dropped.csv")) as path, open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    write_csv(Path(folder, "dropped.csv"), rows)
 
 
 # --- a prepared folder: checked, encoded, drawn from --------------------------------------------------------
@@ -306,8 +300,8 @@ def check(folder):
     clips = read_clips(folder)
     lengths = [clip["frames"] for clip in clips.values()]
     longest = max(lengths, default=0)
-    print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {longest} in the longest clip")
-    print(f"stage    needs  windows  clips  places    in plans for {min(121, longest)} frames")
+    print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {longest} in the longest clip\n"
+          f"stage    needs  windows  clips  places    in plans for {min(121, longest)} frames")
     for stage in STAGES:
         shapes = window_shapes(stage, min(121, longest)) if longest >= shortest_clip(stage) else []
         spans = [reach(window) for _, windows in shapes for window in windows]
@@ -335,7 +329,6 @@ def cache(folder, model, device):
         if made_from(path) != content:
             parts = [read_pictures(pictures[i:i + 16]) for i in range(0, len(pictures), 16)]
             latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
-            path.parent.mkdir(parents=True, exist_ok=True)
             with complete(path) as unfinished:
                 save_file({"x0": latents[0].half()}, unfinished, {"about": content})
     model.vae.to(home)
@@ -364,10 +357,10 @@ def folder_clips(folder, model, stage, split=None, drop=None):
     if not parts:
         raise ValueError(f"no clip of {folder} is left to train on: --stage {stage} needs {needed} frames, "
                          f"see data.py --check {folder}")
-    names, size, key = list(parts), model.config.size, latents_key(model)
+    names, key = list(parts), latents_key(model)
     pictures = [pictures_of(folder, name) for name in names]
-    if Image.open(pictures[0][0]).width != size:
-        raise ValueError(f"the clips of {folder} have not the size of the model: prepare with --size {size}")
+    if Image.open(pictures[0][0]).width != model.config.size:
+        raise ValueError(f"{folder} has not the size of the model: prepare with --size {model.config.size}")
     files = [Path(folder, "cache", key, f"{name}.safetensors") for name in names]
 
     def read(i, places):
@@ -428,6 +421,15 @@ def from_pixels(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, None].float() / 127.5 - 1
 
 
+def read_square(path, size):
+    """The middle square of a picture file, as the camera was held, resized: a Pillow picture in RGB."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, SyntaxError) as error:    # SyntaxError: a broken PNG
+        raise ValueError(f"no picture can be read from {path} ({error}): give a PNG or JPG file") from None
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
 def read_pictures(paths):
     """Files of pictures of one size -> tensor (3, f, H, W) in [-1, 1]."""
     return torch.cat([from_pixels(Image.open(path)) for path in paths], dim=1)
@@ -474,6 +476,12 @@ def write_whole(path, text):
     """Write a text file that is complete or not there."""
     with complete(path) as unfinished:
         Path(unfinished).write_text(text, "utf-8")
+
+
+def write_csv(path, rows):
+    """Write lists as the rows of a table that is complete or not there."""
+    with complete(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def write_json(path, value):
@@ -651,22 +659,19 @@ class SkyWorld:
 
 # --- command line -------------------------------------------------------------------------------------------
 def main(argv=None):
-    """The command line of data.py: one of five things to do, and what it needs."""
+    """The command line of data.py: one of four things to do, and what it needs."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     todo, flag = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
     todo("--prepare", metavar="VIDEOS", type=Path, help="make clips of the videos, GIFs and folders of "
          "pictures in a folder; captions: NAME.txt beside NAME.mp4, metadata.csv (path,text), or the folder")
     todo("--check", metavar="DIR", help="show what is in a prepared folder and what training finds there")
-    todo("--cache", metavar="DIR", help="encode the clips of a prepared folder with --weights")
     todo("--drop_hardest", type=float, metavar="SHARE", help="list the clips of highest loss, 0.1: a tenth")
     todo("--preview", metavar="FILE", help="draw six sky worlds, a row each, into a picture")
     flag("--out", type=Path, help="folder to prepare in, or file for the list of --drop_hardest")
     flag("--seed", type=int, default=0, help="the first of the six worlds, from 0 on")
     flag("--size", type=int, default=64, help="of a frame in pixels; 64 for tiny, 512 for sd15")
     flag("--fps", type=float, default=5.0, help="frames to keep per second; 5 for timelapses")
-    flag("--skip", type=float, nargs=2, default=[0.0, 0.0], help="seconds to leave out at the start and end")
     flag("--cut", type=float, default=6.0, help="score of a cut, 0 to 100; lower it if cuts are missed")
-    flag("--weights", default=TINY_WEIGHTS, help="model to --cache with, default the tiny one")
     flag("--scores", nargs="+", default=[], help="losses by train.py --score, a file per stage")
     flag("--held_out", nargs="+", default=[], help="the same by models that were trained on other data")
     args = p.parse_args(argv)
@@ -678,13 +683,11 @@ def main(argv=None):
         prepare(args)
     elif args.check:
         check(args.check)
-    elif args.cache:
-        cache(args.cache, load_weights(args.weights), choose_device()[0])
     elif args.preview:
         worlds = [SkyWorld(args.seed + i, args.size) for i in range(6)]
         rows = [to_pixels(world.video(np.arange(0, 121, 15))) for world in worlds]
-        sheet = contact_sheet(rows, max(1, 128 // args.size), [[world.caption()] for world in worlds])
-        sheet.save(args.preview)
+        captions = [[world.caption()] for world in worlds]
+        contact_sheet(rows, max(1, 128 // args.size), captions).save(args.preview)
     else:
         drop_hardest(args.drop_hardest, args.scores, args.held_out, args.out)
 

@@ -53,8 +53,13 @@ class NoiseSchedule:
     def __init__(self, prediction="eps", zero_terminal_snr=False, beta_start=0.00085, beta_end=0.012):
         if prediction not in ("eps", "v"):
             raise ValueError(f'prediction is {prediction!r}: expected "eps" (as SD1.x was trained) or "v"')
-        self.prediction = prediction
+        self.prediction, self.zero_terminal_snr = prediction, zero_terminal_snr
         self.alpha_bar = make_alpha_bar(beta_start, beta_end, zero_terminal_snr)   # (T,) float32
+
+    def levels(self, steps):
+        """The noise levels that sampling walks down: those of `ddim_timesteps`, and the last one."""
+        # zero terminal SNR has to start at the last level; SD 1.x was published with levels that stop at 0
+        return ddim_timesteps(steps) + [-1] if self.zero_terminal_snr else ddim_timesteps(steps, "leading") + [0]
 
     def q_sample(self, x0, t, eps):
         """x_t = √ᾱ x0 + √(1 − ᾱ) ε   (DDPM eq. 4): noise every frame to its own level. Shaped like x0."""

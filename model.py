@@ -825,6 +825,7 @@ def choose_device(name=None):
 @contextmanager
 def complete(path):
     """A name to write to. The file gets its own name when it is complete, and not if anything fails."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     root, ending = os.path.splitext(path)
     yield f"{root}.tmp{ending}"
     os.replace(f"{root}.tmp{ending}", path)
@@ -865,9 +866,9 @@ def read_weights(path):
     return Config(**fields), merges.split("\n") if merges else [], json.loads(about), tensors
 
 
-def fill(model, tensors, path, only=lambda key: True):
-    """Make tensors a model's parameters, in float32. `only` says which keys count: none of these may be
-    missing or left over. A model on the meta device, of shapes without numbers, is filled without a copy."""
+def fill(model, tensors, path, only=lambda key: True, dtype=torch.float32):
+    """Make tensors a model's parameters, in this type (norms and biases in float32), without a copy if they
+    have it already. `only` says which keys count: none of these may be missing or left over."""
     shapes = lambda state: {key: tuple(tensor.shape) for key, tensor in state.items() if only(key)}
     wanted, found = shapes(model.state()), shapes(tensors)
     wrong = [f"{found.get(key, 'nothing')} at {key}, expected {wanted.get(key, 'nothing')}"
@@ -876,12 +877,13 @@ def fill(model, tensors, path, only=lambda key: True):
         raise ValueError(f"{path} has {'; '.join(wrong[:9])}; {len(wrong)} keys differ: "
                          f"give weights of preset {model.config.name} and of this stage")
     for part, prefix in PREFIXES.items():
-        own = {key.removeprefix(prefix): tensors[key].float() for key in wanted if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): tensors[key].to(dtype if tensors[key].dim() > 1 else torch.float32)
+               for key in wanted if key.startswith(prefix)}
         model.networks()[part].load_state_dict(own, strict=False, assign=True)
 
 
-def load_weights(path, preset=None):
-    """The model in a weights file, float32, on the CPU, frozen. Temporal layers may be missing as a whole."""
+def load_weights(path, preset=None, dtype=torch.float32):
+    """The model in a weights file, on the CPU, frozen, as `fill` says. Temporal layers may be missing."""
     config, merges, about, tensors = read_weights(path)
     if preset not in (None, config.name):
         raise ValueError(f"{path} holds weights of preset {config.name}, found --preset {preset}: change one")
@@ -892,7 +894,7 @@ def load_weights(path, preset=None):
     model.about = about
     if not any(map(is_temporal, tensors)):     # all zero they are the identity
         tensors |= {key: torch.zeros(x.shape) for key, x in model.state().items() if is_temporal(key)}
-    fill(model, tensors, path)
+    fill(model, tensors, path, dtype=dtype)
     for network in model.networks().values():
         network.eval().requires_grad_(False)
     return model

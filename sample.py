@@ -11,7 +11,6 @@ video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work 
 import argparse
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -22,20 +21,21 @@ from itertools import count, groupby
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
-from convert_sd_weights import merge_lora
-from diffusion import ddim_step, ddim_timesteps, describe_noise_level, frame_noise, guide, parse_noise_level
-from model import (TINY_WEIGHTS, ClipParallel, choose_device, complete, fill, is_temporal, load_weights,
-                   read_weights)
-from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, costs, cut, extension, share, show, verify
+from convert_sd_weights import merge_loras
+from diffusion import ddim_step, describe_noise_level, frame_noise, guide, parse_noise_level
+from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, choose_device, complete, fill, is_temporal,
+                   load_weights, read_weights)
+from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, plan_video, share, show
 
-# what a preset uses where the command line is silent: DDIM steps, guidance scale, noise augmentation
-DEFAULTS = {"tiny": (4, 1.5, "none"), "sd15": (30, 7.5, "nsr=0.33")}
+# what a preset uses where the command line is silent
+DEFAULTS = {"tiny": dict(steps=4, guidance_scale=1.5, aug="none", batch_size=8, decode_chunk=16),
+            "sd15": dict(steps=30, guidance_scale=7.5, aug="nsr=0.33", batch_size=1, decode_chunk=1)}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}    # of --mixed_precision
 FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps than a frame beside others
 
 
@@ -69,11 +69,11 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
     for step, (level, next_level) in enumerate(zip(levels, levels[1:])):
         t, t_prev = torch.where(new, level, t_given), torch.where(new, next_level, t_given)
         if scale == 1:
-            output = unet(x, t, text[0], frames, ~new, prompt_start, clips=clips)
+            output = unet(x, t, text[0], frames, ~new, prompt_start, clips=clips).float()
         else:   # classifier-free guidance: once with the prompt, once with the negative prompt
             twice = lambda v: torch.cat([v, v])
             output = unet(twice(x), twice(t), torch.cat(text), twice(frames), twice(~new),
-                          twice(prompt_start), clips=clips)
+                          twice(prompt_start), clips=clips).float()
             output = guide(*output.chunk(2), scale)
         fresh = noise("fresh", step) if eta > 0 else None
         x = pick(new, ddim_step(schedule, x, t, t_prev, output, eta, fresh), kept)
@@ -82,22 +82,69 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
 
 # --- running a plan ---------------------------------------------------------------------------------------
 class Sampler:
-    """A model and the choices of a run. rank, world: which process this is, of how many.
-
-    layers: {stage: temporal layers {name: tensor}} if stages have files of their own, else empty."""
-    def __init__(self, model, args, device, layers, rank=0, world=1):
-        model.to(device)
-        self.model, self.args, self.device, self.layers = model, args, device, layers
-        self.rank, self.world, self.scope = rank, world, args.scope or (math.inf, 0)
-        config, side = model.config, model.config.size // model.config.vae_factor
-        self.shape = (4, side, side)
-        self.schedule = model.unet.schedule
+    """A model, and the choices of a run. rank, world: which process this is, of how many."""
+    def __init__(self, args, rank=0, world=1):
+        """Load what the command line names, and fill in the defaults of the preset. Says what it found."""
+        self.args, self.rank, self.world, self.scope = args, rank, world, args.scope or (math.inf, 0)
+        self.device, why = choose_device(args.device)
+        if args.mixed_precision == "auto":
+            args.mixed_precision = "no" if self.device.type == "cpu" else "fp16"
+        self.dtype = DTYPES[args.mixed_precision]
+        self.model = model = load_weights(args.weights or TINY_WEIGHTS, dtype=self.dtype)
+        self.schedule, side = model.unet.schedule, model.config.size // model.config.vae_factor
+        self.shape = (4, side, side)    # of the latents of a frame
+        for name, value in DEFAULTS[model.config.name].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        merge_loras(model, args.lora)
+        temporal = lambda: {key: p.clone() for key, p in model.unet.state_dict().items() if is_temporal(key)}
+        self.layers = {stage: temporal() for stage in STAGES} if args.temporal else {}   # of files by stage
+        for path in args.temporal:
+            _, _, about, tensors = read_weights(path)
+            fill(model, tensors, path, only=is_temporal, dtype=self.dtype)
+            self.layers |= {stage: temporal() for stage in STAGES if about["stage"] in (stage, "video")}
+            print(f"temporal layers of {path} make the windows of stage {about['stage']}")
+        trained = lambda state: any(p.any() for key, p in state.items() if key.endswith(".temporal.weight"))
+        untrained = [stage for stage in STAGES
+                     if not trained(self.layers.get(stage) or model.unet.state_dict())]
+        if args.frames > 1 and untrained:
+            print(f"temporal layers of stage {', '.join(untrained)} are untrained: give others as --temporal")
+        self.schedule.levels(args.steps)   # says so if there cannot be so many
         self.aug = parse_noise_level(args.aug, self.schedule)
-        # zero terminal SNR has to start at the last level; SD 1.x was published with levels that stop at 0
-        spacing, last = ("trailing", -1) if config.zero_terminal_snr else ("leading", 0)
-        self.levels = lambda steps: ddim_timesteps(steps, spacing) + [last]
-        self.text = lambda prompts: [self.model.context(texts) for texts in (            # (n, 77, d) each
-            prompts, [self.args.negative_prompt] * len(prompts))]
+        print(f"device: {self.device} ({why}); mixed precision: {args.mixed_precision}; "
+              f"noise augmentation of given frames: {describe_noise_level(self.aug, self.schedule)}")
+
+    def autocast(self):
+        """Inside this, networks compute in the precision of the run."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def use(self, part):
+        """Move a network to the device, and the others away: only the one at work needs room there."""
+        self.model.to("cpu", self.model.networks().keys() - {part})
+        self.model.to(self.device, [part])
+
+    def text(self, prompts):
+        """The contexts of prompts, and as many of the negative prompt: (n, 77, d) each."""
+        self.use("text")
+        with self.autocast():
+            return [self.model.context(texts).float() for texts in (
+                prompts, [self.args.negative_prompt] * len(prompts))]
+
+    def encode(self, video):
+        """Pictures (3, f, H, W) -> their latents (4, f, h, w), on the CPU."""
+        self.use("vae")
+        with self.autocast():
+            return self.model.vae.encode(video[None].to(self.device))[0].float().cpu()
+
+    def decode(self, latents):
+        """Latents (4, f, h, w) -> pictures (3, f, H, W), on the CPU."""
+        self.use("vae")
+        latents, chunk = latents[None].to(self.device), self.args.decode_chunk
+        with self.autocast():
+            video = self.model.vae.decode(latents, chunk)
+        if not torch.isfinite(video).all():      # fp16 ends at 65504
+            video = self.model.vae.float().decode(latents, chunk)
+        return video[0].float().cpu()
 
     @torch.no_grad()
     def run(self, plan, store, text, seed, user=(0,), borders=(0,)):
@@ -126,6 +173,7 @@ class Sampler:
 
     def make(self, batch, store, text, seed, user=(), borders=(0,)):
         """Make the new frames of windows of one kind. Of a joint window each process makes its own clip."""
+        self.use("unet")
         first, tensor = batch[0], lambda rows: torch.tensor(rows, device=self.device)
         segments = [bisect_right(borders, window.new[0]) - 1 for window in batch]
         prompt_start = tensor([borders[segment] if segment else -math.inf for segment in segments])
@@ -138,12 +186,14 @@ class Sampler:
         frames, ours = tensor(rows), tensor([[frame not in user for frame in row] for row in rows])
         new = tensor([[frame in window.new for frame in row] for row, window in zip(rows, batch)])
         latents = torch.stack([store.read(row) for row in rows]).to(self.device)
-        latents = denoise_window(
-            self.model.unet, self.schedule, latents, frames, new, [context[segments] for context in text],
-            prompt_start, self.levels(steps), self.args.guidance_scale, [seed] * len(batch),
-            torch.where(ours & ~new, self.aug, 0), eta, clips).cpu()   # the user's frames stay clean
+        with self.autocast():
+            latents = denoise_window(
+                self.model.unet, self.schedule, latents, frames, new, [context[segments] for context in text],
+                prompt_start, self.schedule.levels(steps), self.args.guidance_scale, [seed] * len(batch),
+                torch.where(ours & ~new, self.aug, 0), eta, clips).cpu()   # the user's frames stay clean
         if not torch.isfinite(latents).all():
-            raise ValueError(f"frames {first.new} came out as numbers that are not finite: try --device cpu")
+            raise ValueError(f"frames {first.new} came out as numbers that are not finite: try "
+                             "--mixed_precision no, in another --out folder")
         for x, row, made in zip(latents, frames.cpu(), new.cpu()):
             store.write(row[made].tolist(), x[:, made])
 
@@ -161,14 +211,8 @@ def frame_plan(args):
     given = sorted({*keyframes, *[0] * (pictured or not keyframes), *[args.frames] * args.loop})
     if args.loop and given[0] != 0:
         raise ValueError(f"--loop leads back to frame 0, but the first picture is at {given[0]}: add one")
-    if args.schedule == "autoregressive" and (given != [0] or args.known or args.max_stride != 16):
-        raise ValueError("--schedule autoregressive only goes on from frame 0: choose hierarchical")
-    strided = () if args.schedule == "autoregressive" else (given, args.max_stride)
-    plan = (extension(args.frames, args.known, args.max_stride) if args.known else
-            PLANNERS[args.schedule](args.frames + args.loop, *strided))
     borders = sorted({0, *segments})
-    plan = cut(plan, borders)
-    verify(plan, args.frames + args.loop, range(args.known) if args.known else given)
+    plan = plan_video(args.schedule, args.frames + args.loop, given, borders, args.max_stride, args.known)
     return plan, given, borders
 
 
@@ -195,10 +239,9 @@ def sample(args):
     wait_for_all = dist.barrier if world > 1 else lambda: None
     plan, given, borders = frame_plan(args)
     print(f"plan {args.schedule}: {costs(plan)}")
-    sampler = prepare(args, rank, world)
+    sampler = Sampler(args, rank, world)
     pictures, prompts = read_inputs(args, sampler.model, borders)
-    free = (path for i in count(1) if not os.path.exists(path := os.path.join("out", f"sample_{i:03d}")))
-    args.out = args.out or next(free)
+    args.out = args.out or next(path for i in count(1) if not os.path.exists(path := f"out/sample_{i:03d}"))
     if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
         raise ValueError(f"{args.out} already holds a run: --resume it, or give another --out folder")
     wait_for_all()   # nobody writes before all have looked
@@ -207,25 +250,24 @@ def sample(args):
     unknown = sorted({word for word in tokenizer.words(" ".join(prompts)) if len(tokenizer.pieces(word)) > 1})
     if unknown and sampler.model.config.name == "tiny":   # it has a token for every word of its training
         print(f"words that this model has never seen, which say nothing to it: {', '.join(unknown)}")
-    store = Store(os.path.join(args.out, "latents"), sampler.shape)
+    store, text = Store(os.path.join(args.out, "latents"), sampler.shape), sampler.text(prompts)
     if rank == 0:
         data.write_json(os.path.join(args.out, "args.json"), vars(args))
-        os.makedirs(os.path.join(args.out, "frames"), exist_ok=True)
         for frame in [frame for frame in given if not store.made([frame])]:
             if frame in pictures:
-                picture, vae = pictures[frame][None].to(sampler.device), sampler.model.vae
-                latents = vae.encode(picture)
-                store.write([frame], latents[0].cpu())
-                psnr = -10 * ((vae.decode(latents) - picture) / 2).square().mean().log10().item()
+                latents = sampler.encode(pictures[frame])
+                store.write([frame], latents)
+                error = (sampler.decode(latents) - pictures[frame]) / 2
+                psnr = -10 * error.square().mean().log10().item()
                 if psnr < 25 and sampler.model.config.name == "tiny":   # skies come back at 36
                     print(f"the VAE cannot give the picture of frame {frame} back ({psnr:.0f} dB): it was "
                           "trained on others, the video will be blurred; README.md, Your own videos, helps")
             elif frame == 0:
-                sampler.make([FIRST_FRAME], store, sampler.text(prompts[:1]), args.seed)
+                sampler.make([FIRST_FRAME], store, text, args.seed)
             else:   # the frame after the last of a loop
                 store.write([frame], store.read([0]))
     wait_for_all()
-    sampler.run(plan, store, sampler.text(prompts), args.seed, given, borders)
+    sampler.run(plan, store, text, args.seed, given, borders)
     wait_for_all()
     write_frames(args, sampler, store, pictures)
     wait_for_all()
@@ -243,7 +285,6 @@ class Store:
     A file gets its name when it is complete. So a frame that is there is whole, a process that is killed
     loses only the batch at work, and processes can share the folder."""
     def __init__(self, folder, shape):
-        os.makedirs(folder, exist_ok=True)
         self.shape = shape     # (4, h, w)
         self.path = lambda frame: os.path.join(folder, f"{frame + 1:05d}.safetensors")   # as in frames/
 
@@ -283,18 +324,19 @@ def parse(argv):
     add("--schedule", default="hierarchical", choices=list(PLANNERS),
         help="which frames are made from which; joint: all keyframes in one window, which processes share")
     add("--max_stride", type=int, default=16, help="most frames from keyframe to keyframe (default: 16)")
-    add("--scope", type=int, nargs=2, metavar=("RADIUS", "GLOBAL"), help="a frame attends to RADIUS frames "
-        "on either side and to GLOBAL frames spread over its window, like 8 16 (default: all)")
+    add("--scope", type=int, nargs=2, metavar=("RADIUS", "GLOBAL"),
+        help="a frame attends to so many on either side, and to so many all over its window (default: all)")
     add("--steps", type=int, help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
     add("--guidance_scale", type=float, help="1 is off and fast (default: 1.5 for tiny, 7.5 for sd15)")
-    add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha), snr=9.2, abar=0.9, "
-        "t=94 or none (default: none for tiny, nsr=0.33 for sd15)")
+    add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha, default for sd15), "
+        "snr=9.2, abar=0.9, t=94 or none (default for tiny)")
     add("--weights", metavar="FILE", help="(default: the tiny model in assets/)")
     add("--temporal", nargs="+", default=[], metavar="FILE",
         help="temporal layers from train.py; each file makes the windows of its stage")
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRAs in kohya's layout")
-    add("--batch_size", type=int, default=8, help="windows that go through the UNet together (default: 8)")
-    add("--decode_chunk", type=int, default=16, help="frames that the VAE decodes together (default: 16)")
+    add("--batch_size", type=int, help="windows to compute together (default: 8 for tiny, 1 for sd15)")
+    add("--decode_chunk", type=int, help="frames to decode together (default: 16 for tiny, 1 for sd15)")
+    add("--mixed_precision", choices=(*DTYPES, "auto"), default="auto", help="auto: fp16 on a GPU (default)")
     add("--device", help="(default: cuda, else cpu)")
     add = p.add_argument_group("where, and what else").add_argument
     add("--out", help="folder of the run (default: the next free out/sample_NNN)")
@@ -306,7 +348,7 @@ def parse(argv):
     if args.resume or args.extend is not None:
         args = continued(p, argv, args)
     for name in ("frames", "fps", "max_stride", "batch_size", "decode_chunk"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}: give 1 or more")
     return args
 
@@ -334,59 +376,11 @@ def continued(parser, argv, args):
     return args
 
 
-def by_frame(items, flag):
-    """["60:b.png", "0:a.png"] -> {0: "a.png", 60: "b.png"}. ValueError, naming the flag, for others."""
-    found = {}
-    for item in items:
-        frame, _, value = (part.strip() for part in item.partition(":"))
-        if not frame.isdecimal() or not value or int(frame) in found:
-            raise ValueError(f"--{flag} has {item!r}: expected FRAME:VALUE, each frame once, like 0:dawn")
-        found[int(frame)] = value
-    return dict(sorted(found.items()))
-
-
-def prepare(args, rank=0, world=1):
-    """The sampler of a run, with its weights; says what it found. Fills in the defaults of the preset."""
-    device, why = choose_device(args.device)
-    model = load_weights(args.weights or TINY_WEIGHTS)
-    for name, value in zip(("steps", "guidance_scale", "aug"), DEFAULTS[model.config.name]):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for item in args.lora:
-        path, scale = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", item).groups()
-        layers, unknown = merge_lora(model, path, float(scale or 1))
-        print(f"{path}: {layers} layers merged, times {scale or 1}; no place for {unknown or 'none'}")
-    temporal = lambda: {name: p.clone() for name, p in model.unet.state_dict().items() if is_temporal(name)}
-    layers = {stage: temporal() for stage in STAGES} if args.temporal else {}
-    for path in args.temporal:
-        _, _, about, tensors = read_weights(path)
-        fill(model, tensors, path, only=is_temporal)
-        layers |= {stage: temporal() for stage in STAGES if about["stage"] in (stage, "video")}
-        print(f"temporal layers of {path} make the windows of stage {about['stage']}")
-    trained = lambda state: any(p.any() for name, p in state.items() if name.endswith(".temporal.weight"))
-    untrained = [stage for stage in STAGES if not trained(layers.get(stage) or model.unet.state_dict())]
-    if args.frames > 1 and untrained:
-        print(f"temporal layers of stage {', '.join(untrained)} are untrained: give others as --temporal")
-    sampler = Sampler(model, args, device, layers, rank, world)
-    sampler.levels(args.steps)   # says so if there cannot be so many
-    aug = describe_noise_level(sampler.aug, sampler.schedule)
-    print(f"device: {device} ({why}); noise augmentation of given frames: {aug}")
-    return sampler
-
-
-def read_image(path, size):
-    """A picture file as a frame (3, 1, size, size) in [-1, 1]: the middle square, resized."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")   # as the camera was held
-    except OSError as error:
-        raise ValueError(f"no picture can be read from {path} ({error}): give a PNG or JPG file") from None
-    return data.from_pixels(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-
-
 def read_inputs(args, model, borders):
     """The user's pictures {frame: (3, 1, H, W)}, and the prompt of each segment."""
     pictures = by_frame(args.keyframes, "keyframes") | ({0: args.image} if args.image else {})
-    pictures = {frame: read_image(path, model.config.size) for frame, path in pictures.items()}
+    pictures = {frame: data.from_pixels(data.read_square(path, model.config.size))
+                for frame, path in pictures.items()}
     seed = abs(args.seed) if args.world is None else data.SPLITS["test"] + args.world
     world = data.SkyWorld(seed, model.config.size)
     # weights that were trained on clips name one of their captions
@@ -414,7 +408,7 @@ def write_frames(args, sampler, store, pictures):
         frames = range(start, min(start + args.decode_chunk, args.frames))
         if all(os.path.exists(frame_path(args.out, frame)) for frame in frames):
             continue
-        video = sampler.model.vae.decode(store.read(frames)[None].to(sampler.device), len(frames))[0].cpu()
+        video = sampler.decode(store.read(frames))
         for place, frame in enumerate(frames):
             pixels = data.to_pixels(pictures.get(frame, video[:, place:place + 1]))[0]
             with complete(frame_path(args.out, frame)) as path:
@@ -453,27 +447,36 @@ def statistics(video):
     return torch.cat([video.mean((2, 3)).T, video.std((2, 3)).T, saturation[:, None]], dim=1)
 
 
-def sharpness(video):
-    """Variance of the Laplacian of the brightness of each frame: (f,)."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return F.conv2d(video.mean(0)[:, None], kernel).var((1, 2, 3))
-
-
 def write_metrics(folder, n_frames):
-    """metrics.csv: colours (of 255), sharpness and change of every frame; drift.png: the colours."""
-    rows, before = [], None
+    """metrics.csv: brightness, contrast and saturation of every frame, of 255; drift.png: how they change."""
+    rows = []
     for frame in range(n_frames):
         video = torch.from_numpy(read_frames(folder, [frame])).permute(3, 0, 1, 2).float() / 255
-        colour, change = 255 * statistics(video)[0], 255 * (video - before).abs().mean() if rows else 0
-        numbers = colour[:3].mean(), colour[3:6].mean(), colour[6], sharpness(video), change
-        rows.append([frame + 1, *map(float, numbers)])
-        before = video
-    names = ["frame", "brightness", "contrast", "saturation", "sharpness", "change"]
-    lines = [",".join([f"{value:.5g}" for value in row]) for row in rows]
-    data.write_whole(os.path.join(folder, "metrics.csv"), "\n".join([",".join(names), *lines]) + "\n")
+        colour = (255 * statistics(video)[0]).tolist()
+        rows.append([frame + 1, sum(colour[:3]) / 3, sum(colour[3:6]) / 3, colour[6]])
+    names = ["frame", "brightness", "contrast", "saturation"]
+    data.write_csv(os.path.join(folder, "metrics.csv"), [names, *rows])
     curves = {names[i]: [(row[0], row[i] - rows[0][i]) for row in rows] for i in (1, 2, 3)}
     with complete(os.path.join(folder, "drift.png")) as path:
         data.line_plot(path, curves, "change since the first frame, of 255, against the frame")
+
+
+@torch.no_grad()
+def show_memory(args, plan):
+    """Print the peak memory of the networks, which take turns on the device, for the widest windows."""
+    from train import FakeTensorMode, MemoryMeter    # train.py imports this file
+    sampler, frames = Sampler(args), max([len(window.frames) for window in plan], default=1)
+    model, rows = sampler.model, args.batch_size * (1 if args.guidance_scale == 1 else 2)
+    x = lambda b, f: torch.zeros(b, 4, f, *sampler.shape[1:])
+    run = {"UNet": lambda: model.unet(x(rows, frames), torch.zeros(rows, frames).long(),
+                                      torch.zeros(rows, TEXT_TOKENS, model.config.text_width)),
+           "VAE": lambda: model.vae.decode(x(1, args.decode_chunk), args.decode_chunk)}
+    for name, network in ("UNet", model.unet), ("VAE", model.vae):
+        weights, sampler.device = [*network.parameters(), *network.buffers()], torch.device("cpu")
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter(weights) as meter, sampler.autocast():
+            run[name]()     # on tensors without content
+        total = sum(weight.nbytes for weight in weights) + meter.peak
+        print(f"predicted peak of the {name}: {total / 1e9:.2f} GB, and 1 GB for driver and fragments")
 
 
 def main(argv=None):
@@ -481,7 +484,10 @@ def main(argv=None):
     args = parse(argv)
     if not args.plan:
         return sample(args)
-    print(show(frame_plan(args)[0], args.frames + args.loop))
+    plan = frame_plan(args)[0]
+    print(show(plan, args.frames + args.loop))
+    if os.path.exists(args.weights or TINY_WEIGHTS):
+        show_memory(args, plan)
 
 
 if __name__ == "__main__":

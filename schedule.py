@@ -167,6 +167,17 @@ def cut(plan, borders) -> list[Window]:
     return build(steps)
 
 
+def plan_video(schedule, n_frames, given=(0,), borders=(0,), max_stride=16, known=0) -> list[Window]:
+    """A planner's plan, cut at borders and verified; with `known`, to go on from so many finished frames."""
+    if schedule == "autoregressive" and (list(given) != [0] or known or max_stride != 16):
+        raise ValueError("--schedule autoregressive only goes on from frame 0: choose hierarchical")
+    choices = () if schedule == "autoregressive" else (given, max_stride)
+    plan = extension(n_frames, known, max_stride) if known else PLANNERS[schedule](n_frames, *choices)
+    plan = cut(plan, borders)
+    verify(plan, n_frames, range(known) if known else given)
+    return plan
+
+
 def verify(plan, n_frames, given=(0,)) -> None:
     """Raise ValueError, with a sentence, unless every frame is given by the user or made once, from frames
     that exist by then. So the list can run in order, and windows of equal depth at once."""
@@ -180,6 +191,17 @@ def verify(plan, n_frames, given=(0,)) -> None:
     missing = sorted(set(range(n_frames)) - exists)
     if missing:
         raise ValueError(f"{len(missing)} of {n_frames} frames are missing, like {missing[0]}: add windows")
+
+
+def by_frame(items, flag):
+    """["60:b.png", "0:a.png"] -> {0: "a.png", 60: "b.png"}. ValueError, naming the flag, for others."""
+    found = {}
+    for item in items:
+        frame, _, value = (part.strip() for part in item.partition(":"))
+        if not frame.isdecimal() or not value or int(frame) in found:
+            raise ValueError(f"--{flag} has {item!r}: expected FRAME:VALUE, each frame once, like 0:dawn")
+        found[int(frame)] = value
+    return dict(sorted(found.items()))
 
 
 def costs(plan) -> str:

@@ -14,7 +14,6 @@ The stages, in the order that makes a model from nothing (README.md has times an
 Read `denoising_loss` and the loop in `main` first. The rest serves them.
 """
 import argparse
-import csv
 import os
 import random
 import time
@@ -34,11 +33,11 @@ from tqdm import tqdm
 
 import data
 from convert_sd_weights import lora_tensors, merge_lora
-from diffusion import T, ddim_timesteps
+from diffusion import T
 from model import (PREFIXES, PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, Tokenizer, add_lora,
                    checksum, choose_device, complete, fill, is_temporal, keep_activations, load_weights,
                    look_around, read_weights, save_weights, store_in_8bit)
-from sample import denoise_window, processes
+from sample import DTYPES, denoise_window, processes
 from schedule import window_shapes
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
@@ -47,7 +46,6 @@ DEFAULTS = {"vae": (3000, 16, 2e-3, 1024, 121), "image": (6000, 32, 1e-3, 4096, 
             "video": (10_000, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
             "extrap": (400, 6, 2e-3, 128, 121), "interp": (240, 6, 1e-3, 96, 121)}
 SD15_DEFAULTS = (20_000, 1, 1e-4, 0, 121)         # of its video stages: a place to start from, not measured
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # noise levels of validation: two per quarter of the range
 WARMUP_STEPS, MAX_GRAD_NORM, EMA_DECAY = 50, 1.0, 0.998
 CAPTION_DROPOUT = 0.1   # share of examples trained without a caption, so that sampling can use guidance
@@ -421,16 +419,15 @@ def sample_sheet(model, batch, step, args, device):
         truth = batch["x0"]
         made = vae.decode(vae.encode(truth))
     else:
-        text, levels = [embed(model, batch)] * 2, ddim_timesteps(steps) + [-1]
+        text, levels = [embed(model, batch)] * 2, model.unet.schedule.levels(steps)
         with forward_context(args, device):
             latents = denoise_window(model.unet, model.unet.schedule, batch["x0"], batch["frames"],
                                      ~batch["given"], text, batch["prompt_start"], levels, seeds=range(n))
         truth, made = (vae.decode(x.float().to(home)) for x in (batch["x0"], latents))
-    path = lambda name: os.path.join(args.out, "samples", name)
-    os.makedirs(path(""), exist_ok=True)
-    rows, before = {"truth": truth}, path("before.safetensors")
+    rows, before = {"truth": truth}, os.path.join(args.out, "samples", "before.safetensors")
     if step == 0:
-        save_file({"made": made.contiguous()}, before)
+        with complete(before) as unfinished:
+            save_file({"made": made.contiguous()}, unfinished)
     elif os.path.exists(before):                             # not if --resume goes on in another --out
         rows["before"] = load_file(before)["made"]
     rows[f"after {step} steps"] = made
@@ -441,7 +438,8 @@ def sample_sheet(model, batch, step, args, device):
     pictures = [data.to_pixels(videos[i]) for i in range(len(marks)) for videos in rows.values()]
     labels = [[f"{name}, {first}" if first else name, *others] for first, *others in marks for name in rows]
     sheet = "final.png" if step == args.max_steps else f"{step:06d}.png"
-    data.contact_sheet(pictures, 2, labels).save(path(sheet))
+    with complete(os.path.join(args.out, "samples", sheet)) as unfinished:
+        data.contact_sheet(pictures, 2, labels).save(unfinished)
 
 
 # what decides the batches, the loss and the learning rate must not change in the middle of a run
@@ -485,18 +483,11 @@ def load_checkpoint(state, args, rank, world):
     return found["step"], found["log"]
 
 
-def write_csv(path, rows):
-    """Write dicts as the rows of a table."""
-    with complete(path) as unfinished, open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_log(rows, args):
     """args.json, log.csv, and loss.png: the losses by step, that of training as a mean of 20 steps."""
     data.write_json(os.path.join(args.out, "args.json"), vars(args))
-    write_csv(os.path.join(args.out, "log.csv"), rows)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    data.write_csv(f"{args.out}/log.csv", [columns, *([row.get(key) for key in columns] for row in rows)])
     train, val = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
     mean = [(train[i][0], sum(loss for _, loss in train[i - 19:i + 1]) / 20) for i in range(19, len(train))]
     curves = {"validation": val} | ({"training": mean} if mean else {})
@@ -684,13 +675,13 @@ def write_scores(args, model, device):
     if not model.unet.temporal_hint.weight.any():               # it starts at zero
         raise ValueError("untrained temporal layers know nothing of clips: give trained ones as --temporal")
     data.cache(args.data, model, device)
-    clips, rows = data.folder_clips(args.data, model, args.stage), []
+    clips, rows = data.folder_clips(args.data, model, args.stage), [["clip", "stage", "loss"]]
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
     for name, parts in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
         loss = validation_loss(model, [to_device(part, device) for part in parts], args, device)["val_loss"]
-        rows.append({"clip": name, "stage": args.stage, "loss": loss})
-    write_csv(args.score, rows)
-    print(f"wrote {args.score}: {len(rows)} clips; next: data.py --drop_hardest 0.1 --scores {args.score}")
+        rows.append([name, args.stage, loss])
+    data.write_csv(args.score, rows)
+    print(f"wrote {args.score}: {len(rows) - 1} clips; next: data.py --drop_hardest 0.1 --scores {args.score}")
 
 
 if __name__ == "__main__":

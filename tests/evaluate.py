@@ -96,7 +96,9 @@ def measure(video, truth, world, plan):
     n, part = video.shape[1], max(1, round(0.15 * video.shape[1]))
     drift = lambda values: (values[-part:].mean() - values[:part].mean()).item()
     colour = 255 * (sample.statistics(video) - sample.statistics(truth)).abs().mean(1)
-    sharp = (sample.sharpness(video).clamp(min=1e-9) / sample.sharpness(truth)).log2()
+    laplacian = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    sharp, true_sharp = (F.conv2d(x.mean(0)[:, None], laplacian).var((1, 2, 3)) for x in (video, truth))
+    sharp = (sharp.clamp(min=1e-9) / true_sharp).log2()
     psnr = -10 * (video - truth).square().mean((0, 2, 3)).clamp(min=1e-10).log10()
     # |x_{f+1} - 2 x_f + x_{f-1}| of inner frames: flicker counts, steady motion hardly
     bends, true_bends = (x.diff(n=2, dim=1).abs().mean((0, 2, 3)) for x in (video, truth))
@@ -126,23 +128,21 @@ def combinations(lists, flags):
 def make(name, cell, plan, sampler, world, truth, seed, folder):
     """The video of a cell or baseline, (3, f, H, W); latents of unfinished ones are kept in `folder`."""
     model, n = sampler.model, truth.shape[1]
-    encode = lambda video: model.vae.encode(video[None].to(sampler.device))
-    decode = lambda latents: model.vae.decode(latents.to(sampler.device), cell.decode_chunk)[0].cpu()
     if name == "VAE round trip":
-        return decode(encode(truth))
+        return sampler.decode(sampler.encode(truth))
     if name == "copy first frame":
         return truth[:, :1].expand_as(truth)
     if name == "blend true ends":
         return torch.lerp(truth[:, :1], truth[:, -1:], torch.linspace(0, 1, n)[:, None, None])
     if name == "cubic, every 4th true":        # the blend that the model's prior begins with
-        latents, given = encode(truth), torch.arange(n, device=sampler.device)[None] % 4 == 0
-        window = look_around(model.unet.temporal_embed, latents, torch.zeros_like(given, dtype=torch.long),
-                             model.context([""]), None, given)
-        return decode(window.blend.transpose(0, 1)[None])
+        latents, text, given = sampler.encode(truth), sampler.text([""])[0], torch.arange(n)[None] % 4 == 0
+        inputs = latents[None], torch.zeros_like(given, dtype=torch.long), text.cpu(), None, given
+        window = look_around(model.unet.temporal_embed.cpu(), *inputs)
+        return sampler.decode(window.blend.transpose(0, 1))
     store = sample.Store(folder, sampler.shape)
-    store.write([0], encode(truth[:, :1])[0].cpu())
+    store.write([0], sampler.encode(truth[:, :1]))
     sampler.run(plan, store, sampler.text([world.caption()]), seed)
-    return decode(store.read(range(n))[None])
+    return sampler.decode(store.read(range(n)))
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def main(argv=None):
     for name, cell in cells.items():
         if cell.keyframes or cell.loop or cell.prompts or cell.image or cell.resume:
             raise ValueError("videos start from frame 0 of a test world: leave out pictures and prompts")
-        sampler = sample.prepare(cell)
+        sampler = sample.Sampler(cell)
         results = measured.setdefault(cell.frames, {})
         for row in [row for row in (*BASELINES, name) if row not in results]:
             folder = measure_cell(args, row, cell, sampler)

@@ -204,17 +204,17 @@ def test_gifs_and_folders_of_pictures_keep_every_frame_for_its_time(tmp_path):
 
 
 def test_captions_and_where_a_clip_comes_from(tmp_path):
-    """The caption comes from the text file, metadata.csv or the folder name; --skip trims both ends."""
+    """The caption comes from the text file, metadata.csv or the folder name."""
     v = tmp_path / "v"
     for name in ("a.mp4", "b.mp4", "ApplyEyeMakeup/v_01.avi"):
         encode(v / name, "-t", "3")
     (v / "a.txt").write_text("a red\n balloon ")
     (v / "metadata.csv").write_text("path,text\na.mp4,not this\nb.mp4,\"blue, and green\"\n")
-    found, _ = prepare(v, tmp_path / "out", "--skip", "1", "0.6")
+    found, _ = prepare(v, tmp_path / "out")
     assert {name: clip["caption"] for name, clip in found.items()} == {
         "ApplyEyeMakeup/v_01.avi/000": "apply eye makeup", "a.mp4/000": "a red balloon",
         "b.mp4/000": "blue, and green"}
-    assert {"source": "a.mp4", "start": 1.0, "end": 2.4, "frames": 7}.items() <= found["a.mp4/000"].items()
+    assert {"source": "a.mp4", "start": 0.0, "end": 3.0, "frames": 15}.items() <= found["a.mp4/000"].items()
 
 
 def test_planted_faults_are_found_and_nothing_else_is(tmp_path):
@@ -384,7 +384,7 @@ def test_the_hardest_clips_are_listed_by_their_ranks(tmp_path):
 
 @pytest.mark.parametrize("argv, words", [
     (["--prepare", "nowhere", "--out", "x"], "is not a folder"), (["--prepare", "."], "need --out"),
-    (["--check", "nowhere"], "not a prepared folder"), (["--cache", "nowhere"], "not a prepared folder"),
+    (["--check", "nowhere"], "not a prepared folder"), 
     (["--drop_hardest", "0.1", "--scores", "nowhere", "--out", "x"], "No such file.*nowhere"),
     (["--drop_hardest", "10", "--scores", "nowhere", "--out", "x"], "between 0 and 1"),
     (["--drop_hardest", "0.1", "--out", "x"], "needs --scores"),

@@ -181,7 +181,7 @@ def test_keyframes_come_back_unchanged_and_are_never_noised(tmp_path, restless_w
 def test_the_last_frame_of_a_loop_is_given_the_first(tmp_path, restless_weights, windows):
     """The window that makes the end sees, right behind it, a frame with the latents of frame 0."""
     folder = run(tmp_path / "run", restless_weights, "--loop", frames=24)
-    (latents, frames), = [(latents, frames) for latents, frames, new, _, _ in windows
+    (latents, frames), = [(latents, frames) for latents, frames, new, *_ in windows
                           if 23 in frames and new[frames.index(23)]]
     first = load_file(folder / "latents" / "00001.safetensors")["latents"]
     assert torch.equal(latents[:, frames.index(24)], first) and first.abs().max() > 0
