@@ -313,6 +313,11 @@ def check(folder):
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
 
 
+def content(folder, name):
+    """A hash of the pictures of a clip."""
+    return hashlib.sha256(b"".join(picture.read_bytes() for picture in pictures_of(folder, name))).hexdigest()
+
+
 def latents_key(model):
     """A checksum of all that latents depend on but the pictures."""
     return checksum(model.vae.state_dict(), str(model.config.latent_mean), str(model.config.latent_std))
@@ -325,12 +330,11 @@ def cache(folder, model, device):
     model.vae.to(device)
     for name in tqdm(read_clips(folder), desc="encoding clips", unit="clip"):
         pictures, path = pictures_of(folder, name), Path(folder, "cache", key, f"{name}.safetensors")
-        content = hashlib.sha256(b"".join(picture.read_bytes() for picture in pictures)).hexdigest()
-        if made_from(path) != content:
-            parts = [read_pictures(pictures[i:i + 16]) for i in range(0, len(pictures), 16)]
+        if made_from(path) != content(folder, name):
+            parts = [from_pixels(map(Image.open, pictures[i:i + 16])) for i in range(0, len(pictures), 16)]
             latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
             with complete(path) as unfinished:
-                save_file({"x0": latents[0].half()}, unfinished, {"about": content})
+                save_file({"x0": latents[0].half()}, unfinished, {"about": content(folder, name)})
     model.vae.to(home)
 
 
@@ -366,12 +370,12 @@ def folder_clips(folder, model, stage, split=None, drop=None):
     def read(i, places):
         places = places + parts[names[i]].start
         if stage == "vae":
-            return read_pictures([pictures[i][place] for place in places])
+            return from_pixels(Image.open(pictures[i][place]) for place in places)
         # load_file maps the file into memory: only the frames of the window are read from the disk
         return load_file(files[i])["x0"][:, places].float()
 
-    found = [(name, parts[name], clips[name]["caption"], "" if stage == "vae" else made_from(file))
-             for name, file in zip(names, files)]
+    found = [(name, parts[name], clips[name]["caption"], content(folder, name) if stage == "vae" else
+              made_from(file)) for name, file in zip(names, files)]
     return Clips(names, np.array([len(part) for part in parts.values()]), read,
                  lambda i, place: clips[names[i]]["caption"], key=checksum({}, str(found)))
 
@@ -416,9 +420,10 @@ def to_pixels(video):
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
-def from_pixels(image):
-    """A Pillow picture -> tensor (3, 1, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, None].float() / 127.5 - 1
+def from_pixels(images):
+    """Pillow pictures of one size -> tensor (3, f, H, W) in [-1, 1]."""
+    pixels = np.stack([np.array(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def read_square(path, size):
@@ -428,11 +433,6 @@ def read_square(path, size):
     except (OSError, SyntaxError) as error:    # SyntaxError: a broken PNG
         raise ValueError(f"no picture can be read from {path} ({error}): give a PNG or JPG file") from None
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
-def read_pictures(paths):
-    """Files of pictures of one size -> tensor (3, f, H, W) in [-1, 1]."""
-    return torch.cat([from_pixels(Image.open(path)) for path in paths], dim=1)
 
 
 def contact_sheet(rows, scale=1, labels=()):

@@ -379,7 +379,7 @@ def continued(parser, argv, args):
 def read_inputs(args, model, borders):
     """The user's pictures {frame: (3, 1, H, W)}, and the prompt of each segment."""
     pictures = by_frame(args.keyframes, "keyframes") | ({0: args.image} if args.image else {})
-    pictures = {frame: data.from_pixels(data.read_square(path, model.config.size))
+    pictures = {frame: data.from_pixels([data.read_square(path, model.config.size)])
                 for frame, path in pictures.items()}
     seed = abs(args.seed) if args.world is None else data.SPLITS["test"] + args.world
     world = data.SkyWorld(seed, model.config.size)

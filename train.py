@@ -192,8 +192,10 @@ def main(argv=None):
     count = sum(parameter.numel() for parameter in trainable.values())
     print(f"stage {args.stage} on {device} ({why}): {args.max_steps} steps, {count:,} trainable parameters")
     if args.score:
-        return write_scores(args, model, device)
+        return write_scores(args, model, device, world)
     next_batch, val_batches = prepare_batches(args, model, device, world)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()    # log.csv tells what steps take, not what encoding took
     masters = make_masters(trainable) if args.optimizer_on_cpu else trainable
     ema = {name: parameter.detach().clone() for name, parameter in masters.items()}
     fused = next(iter(masters.values())).is_cuda or None      # on a GPU it needs no scratch memory
@@ -670,8 +672,10 @@ def start_profile(args):
     return profiler
 
 
-def write_scores(args, model, device):
+def write_scores(args, model, device, world):
     """Write the loss of every clip of --data, on equal windows and noise, for data.py --drop_hardest."""
+    if world > 1:
+        raise ValueError(f"--score is the work of one process, found {world}: run it without torchrun")
     if not model.unet.temporal_hint.weight.any():               # it starts at zero
         raise ValueError("untrained temporal layers know nothing of clips: give trained ones as --temporal")
     data.cache(args.data, model, device)

@@ -137,7 +137,7 @@ def prepare(videos, out, *options):
 def frames_of(out, name):
     """The frames of a prepared clip: (3, f, H, W)."""
     paths = sorted((out / "clips" / name).iterdir())
-    return torch.cat([data.from_pixels(Image.open(path)) for path in paths], dim=1)
+    return data.from_pixels(map(Image.open, paths))
 
 
 def tree(folder):
@@ -300,8 +300,9 @@ def test_stale_or_damaged_cache_entries_are_made_again(tmp_path, prepared, small
     assert made(Model.build(small_config)) == [] and len(list((folder / "cache").rglob("*.*s"))) == 12
 
 
-def test_clips_of_a_folder_are_its_pictures_or_their_latents(prepared, small_weights):
-    """The VAE stage sees the pictures; the others latents of every frame, in half precision."""
+def test_clips_of_a_folder_are_its_pictures_or_their_latents(prepared, small_weights, tmp_path):
+    """The VAE stage sees the pictures; the others latents of every frame, in half precision. Their key changes
+    when a picture does."""
     model, places = load_weights(small_weights), torch.tensor([3, 7, 30])
     for stage in ("vae", "interp"):
         source = data.folder_clips(prepared, model, stage)
@@ -309,6 +310,13 @@ def test_clips_of_a_folder_are_its_pictures_or_their_latents(prepared, small_wei
         with torch.no_grad():
             truth = video if stage == "vae" else model.vae.encode(video[None])[0].half().float()
         assert torch.equal(source.read(i, places), truth[:, places]) and source.caption(i, 9) == "world 4"
+    folder = shutil.copytree(prepared, tmp_path / "copy")
+    pictures = sorted((folder / "clips" / "4.mp4" / "000").iterdir())
+    key = lambda: data.folder_clips(folder, model, "vae").key
+    before = key()
+    assert before == data.folder_clips(prepared, model, "vae").key
+    shutil.copy(pictures[3], pictures[9])
+    assert key() != before
 
 
 def test_frames_to_validate_on_are_chosen_by_what_does_not_change(tmp_path, small_weights):

@@ -159,7 +159,7 @@ def test_pictures_are_cropped_and_turned_and_one_that_fits_comes_back_unchanged(
     wide, turned = np.zeros((80, 200, 4), np.uint8), Image.Exif()
     wide[..., 3], wide[40:, :, 0], turned[0x0112] = 255, 255, 3    # lower half red; upside down
     Image.fromarray(wide).save(tmp_path / "wide.png", exif=turned)
-    image = data.from_pixels(data.read_square(tmp_path / "wide.png", 64))
+    image = data.from_pixels([data.read_square(tmp_path / "wide.png", 64)])
     assert image.shape == (3, 1, 64, 64) and image[0, 0, 5, 5] == 1 and image[0, 0, 60, 5] == -1
 
 
