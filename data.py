@@ -423,7 +423,7 @@ def to_pixels(video):
 def from_pixels(images):
     """Pillow pictures of one size -> tensor (3, f, H, W) in [-1, 1]."""
     pixels = np.stack([np.array(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def read_square(path, size):
