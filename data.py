@@ -330,11 +330,12 @@ def cache(folder, model, device):
     model.vae.to(device)
     for name in tqdm(read_clips(folder), desc="encoding clips", unit="clip"):
         pictures, path = pictures_of(folder, name), Path(folder, "cache", key, f"{name}.safetensors")
-        if made_from(path) != content(folder, name):
+        note = content(folder, name)
+        if made_from(path) != note:
             parts = [from_pixels(map(Image.open, pictures[i:i + 16])) for i in range(0, len(pictures), 16)]
             latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
             with complete(path) as unfinished:
-                save_file({"x0": latents[0].half()}, unfinished, {"about": content(folder, name)})
+                save_file({"x0": latents[0].half()}, unfinished, {"about": note})
     model.vae.to(home)
 
 

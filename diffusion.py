@@ -59,7 +59,8 @@ class NoiseSchedule:
     def levels(self, steps):
         """The noise levels that sampling walks down: those of `ddim_timesteps`, and the last one."""
         # zero terminal SNR has to start at the last level; SD 1.x was published with levels that stop at 0
-        return ddim_timesteps(steps) + [-1] if self.zero_terminal_snr else ddim_timesteps(steps, "leading") + [0]
+        spacing, last = ("trailing", -1) if self.zero_terminal_snr else ("leading", 0)
+        return ddim_timesteps(steps, spacing) + [last]
 
     def q_sample(self, x0, t, eps):
         """x_t = √ᾱ x0 + √(1 − ᾱ) ε   (DDPM eq. 4): noise every frame to its own level. Shaped like x0."""

@@ -9,6 +9,7 @@ video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv. Nothing but the p
 video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work and gives the same bytes.
 """
 import argparse
+import copy
 import math
 import os
 import subprocess
@@ -87,9 +88,8 @@ class Sampler:
         """Load what the command line names, and fill in the defaults of the preset. Says what it found."""
         self.args, self.rank, self.world, self.scope = args, rank, world, args.scope or (math.inf, 0)
         self.device, why = choose_device(args.device)
-        if args.mixed_precision == "auto":
-            args.mixed_precision = "no" if self.device.type == "cpu" else "fp16"
-        self.dtype = DTYPES[args.mixed_precision]
+        auto = "no" if self.device.type == "cpu" else "fp16"
+        self.dtype = DTYPES[auto if args.mixed_precision == "auto" else args.mixed_precision]
         self.model = model = load_weights(args.weights or TINY_WEIGHTS, dtype=self.dtype)
         self.schedule, side = model.unet.schedule, model.config.size // model.config.vae_factor
         self.shape = (4, side, side)    # of the latents of a frame
@@ -111,7 +111,7 @@ class Sampler:
             print(f"temporal layers of stage {', '.join(untrained)} are untrained: give others as --temporal")
         self.schedule.levels(args.steps)   # says so if there cannot be so many
         self.aug = parse_noise_level(args.aug, self.schedule)
-        print(f"device: {self.device} ({why}); mixed precision: {args.mixed_precision}; "
+        print(f"device: {self.device} ({why}), computing in {self.dtype}; "
               f"noise augmentation of given frames: {describe_noise_level(self.aug, self.schedule)}")
 
     def autocast(self):
@@ -130,21 +130,15 @@ class Sampler:
             return [self.model.context(texts).float() for texts in (
                 prompts, [self.args.negative_prompt] * len(prompts))]
 
-    def encode(self, video):
-        """Pictures (3, f, H, W) -> their latents (4, f, h, w), on the CPU."""
+    def vae(self, way, x):
+        """"encode" pictures (3, f, H, W), or "decode" latents (4, f, h, w), to the CPU."""
         self.use("vae")
+        x, vae, chunk = x[None].to(self.device), self.model.vae, self.args.decode_chunk
         with self.autocast():
-            return self.model.vae.encode(video[None].to(self.device))[0].float().cpu()
-
-    def decode(self, latents):
-        """Latents (4, f, h, w) -> pictures (3, f, H, W), on the CPU."""
-        self.use("vae")
-        latents, chunk = latents[None].to(self.device), self.args.decode_chunk
-        with self.autocast():
-            video = self.model.vae.decode(latents, chunk)
-        if not torch.isfinite(video).all():      # fp16 ends at 65504
-            video = self.model.vae.float().decode(latents, chunk)
-        return video[0].float().cpu()
+            out = getattr(vae, way)(x, chunk)
+        if not torch.isfinite(out).all():      # fp16 ends at 65504
+            out = getattr(copy.deepcopy(vae).float(), way)(x, chunk)
+        return out[0].float().cpu()
 
     @torch.no_grad()
     def run(self, plan, store, text, seed, user=(0,), borders=(0,)):
@@ -255,9 +249,9 @@ def sample(args):
         data.write_json(os.path.join(args.out, "args.json"), vars(args))
         for frame in [frame for frame in given if not store.made([frame])]:
             if frame in pictures:
-                latents = sampler.encode(pictures[frame])
+                latents = sampler.vae("encode", pictures[frame])
                 store.write([frame], latents)
-                error = (sampler.decode(latents) - pictures[frame]) / 2
+                error = (sampler.vae("decode", latents) - pictures[frame]) / 2
                 psnr = -10 * error.square().mean().log10().item()
                 if psnr < 25 and sampler.model.config.name == "tiny":   # skies come back at 36
                     print(f"the VAE cannot give the picture of frame {frame} back ({psnr:.0f} dB): it was "
@@ -342,7 +336,7 @@ def parse(argv):
     add("--out", help="folder of the run (default: the next free out/sample_NNN)")
     add("--resume", action="store_true", help="finish the run in --out with its own flags")
     add("--extend", type=int, metavar="N", help="make the finished video in --out N frames longer")
-    add("--plan", action="store_true", help="print the plan and its costs, and stop")
+    add("--plan", action="store_true", help="print the plan, its costs and its memory, and stop")
     p.set_defaults(known=0)   # frames that were finished before --extend
     args = p.parse_args(argv)
     if args.resume or args.extend is not None:
@@ -362,7 +356,7 @@ def continued(parser, argv, args):
         raise ValueError(f"{args.out} holds no run to go on with: give the folder of a run as --out")
     old = data.read_json(path)
     args = parser.parse_args(argv, argparse.Namespace(**old))   # what argv leaves out stays as it was
-    free = {"resume", "extend", "out", "device", "plan"} | ({"prompt", "prompts"} if extend else set())
+    free = {"resume", "extend", "out", "device", "plan"} | ({"prompts"} if extend else set())
     for name, value in vars(args).items():
         if name not in free and old.get(name) != value:
             raise ValueError(f"the run in {args.out} was started with --{name} {old.get(name)}, now it is "
@@ -408,7 +402,7 @@ def write_frames(args, sampler, store, pictures):
         frames = range(start, min(start + args.decode_chunk, args.frames))
         if all(os.path.exists(frame_path(args.out, frame)) for frame in frames):
             continue
-        video = sampler.decode(store.read(frames))
+        video = sampler.vae("decode", store.read(frames))
         for place, frame in enumerate(frames):
             pixels = data.to_pixels(pictures.get(frame, video[:, place:place + 1]))[0]
             with complete(frame_path(args.out, frame)) as path:
@@ -466,7 +460,8 @@ def show_memory(args, plan):
     """Print the peak memory of the networks, which take turns on the device, for the widest windows."""
     from train import FakeTensorMode, MemoryMeter    # train.py imports this file
     sampler, frames = Sampler(args), max([len(window.frames) for window in plan], default=1)
-    model, rows = sampler.model, args.batch_size * (1 if args.guidance_scale == 1 else 2)
+    model, rows = sampler.model, 1 if args.schedule == "joint" else args.batch_size
+    rows *= 1 if args.guidance_scale == 1 else 2
     x = lambda b, f: torch.zeros(b, 4, f, *sampler.shape[1:])
     run = {"UNet": lambda: model.unet(x(rows, frames), torch.zeros(rows, frames).long(),
                                       torch.zeros(rows, TEXT_TOKENS, model.config.text_width)),
@@ -476,7 +471,7 @@ def show_memory(args, plan):
         with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter(weights) as meter, sampler.autocast():
             run[name]()     # on tensors without content
         total = sum(weight.nbytes for weight in weights) + meter.peak
-        print(f"predicted peak of the {name}: {total / 1e9:.2f} GB, and 1 GB for driver and fragments")
+        print(f"predicted peak of the {name}: {total / 1e9:.2f} GB in {sampler.dtype}, 1 GB for the driver")
 
 
 def main(argv=None):

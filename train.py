@@ -474,7 +474,8 @@ def load_checkpoint(state, args, rank, world):
         if old != new:
             raise ValueError(f"{path} was made with {name} {old}, now it is {new}: give the old value, or "
                              "start anew in another --out")
-    if found["model"].keys() != parameters.keys():
+    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes(found["model"]) != shapes(parameters):
         raise ValueError(f"{path} holds other layers than model.py now has: start anew in another --out")
     copy_into(parameters, found["model"])
     copy_into(ema, found["ema"])
@@ -685,7 +686,7 @@ def write_scores(args, model, device, world):
         loss = validation_loss(model, [to_device(part, device) for part in parts], args, device)["val_loss"]
         rows.append([name, args.stage, loss])
     data.write_csv(args.score, rows)
-    print(f"wrote {args.score}: {len(rows) - 1} clips; next: data.py --drop_hardest 0.1 --scores {args.score}")
+    print(f"wrote {args.score}, {len(rows) - 1} clips; next: data.py --drop_hardest 0.1 --scores ...")
 
 
 if __name__ == "__main__":

@@ -127,22 +127,22 @@ def combinations(lists, flags):
 
 def make(name, cell, plan, sampler, world, truth, seed, folder):
     """The video of a cell or baseline, (3, f, H, W); latents of unfinished ones are kept in `folder`."""
-    model, n = sampler.model, truth.shape[1]
+    n = truth.shape[1]
     if name == "VAE round trip":
-        return sampler.decode(sampler.encode(truth))
+        return sampler.vae("decode", sampler.vae("encode", truth))
     if name == "copy first frame":
         return truth[:, :1].expand_as(truth)
     if name == "blend true ends":
         return torch.lerp(truth[:, :1], truth[:, -1:], torch.linspace(0, 1, n)[:, None, None])
     if name == "cubic, every 4th true":        # the blend that the model's prior begins with
-        latents, text, given = sampler.encode(truth), sampler.text([""])[0], torch.arange(n)[None] % 4 == 0
-        inputs = latents[None], torch.zeros_like(given, dtype=torch.long), text.cpu(), None, given
-        window = look_around(model.unet.temporal_embed.cpu(), *inputs)
-        return sampler.decode(window.blend.transpose(0, 1))
+        latents, given = sampler.vae("encode", truth)[None], torch.arange(n)[None] % 4 == 0
+        no_network = lambda *_: torch.zeros(1, n, 1)
+        window = look_around(no_network, latents, torch.zeros_like(given).long(), None, given=given)
+        return sampler.vae("decode", window.blend.transpose(0, 1))
     store = sample.Store(folder, sampler.shape)
-    store.write([0], sampler.encode(truth[:, :1]))
+    store.write([0], sampler.vae("encode", truth[:, :1]))
     sampler.run(plan, store, sampler.text([world.caption()]), seed)
-    return sampler.decode(store.read(range(n)))
+    return sampler.vae("decode", store.read(range(n)))
 
 
 @torch.no_grad()

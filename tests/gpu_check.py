@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 on a GPU: memory as predicted and as measured, and seconds. Not a test: run it by hand.
+"""Stable Diffusion 1.5 on a GPU: memory predicted and measured, and seconds. Not a test: run it by hand.
 
     python tests/gpu_check.py
 
@@ -55,10 +55,11 @@ def quietly(work):
 
 
 def train_steps(flags):
-    """Some steps of the stage with the widest windows, as train.py does them: (predicted, measured, seconds)."""
+    """Some steps of a stage with wide windows, as train.py does them: (predicted, measured, seconds)."""
     args = train.parse(["--stage", "starter", "--preset", "sd15", "--data", "none", "--dry_run",
                         "--mixed_precision", "bf16", *flags])
-    predicted = float(re.search(r"peak: ([\d.]+) GB", quietly(lambda: train.dry_run(args, DEVICE, "check")))[1])
+    said = quietly(lambda: train.dry_run(args, DEVICE, "check"))
+    predicted = float(re.search(r"peak: ([\d.]+) GB", said)[1])
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = Model.build(PRESETS["sd15"])
@@ -91,14 +92,15 @@ def sample_windows(weights, precision):
     """A window of 7 frames, and a frame decoded: [(network, predicted, measured, seconds per frame)]."""
     argv = ["--weights", weights, "--mixed_precision", precision, "--frames", "121"]
     said = quietly(lambda: sample.main([*argv, "--plan"]))
-    predicted = [float(peak) for peak in re.findall(r"predicted peak .* ([\d.]+) GB, and", said)]
-    sampler, rows = sample.Sampler(sample.parse(argv)), []
+    predicted = [float(peak) for peak in re.findall(r"predicted peak .* ([\d.]+) GB in", said)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        sampler, rows = sample.Sampler(sample.parse(argv)), []
     window = max(hierarchical(121), key=lambda window: len(window.frames))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         store, text = sample.Store(folder, sampler.shape), sampler.text([""])
         store.write(range(121), torch.randn(4, 121, *sampler.shape[1:]))
         work = (("UNet", len(window.new), lambda: sampler.make([window], store, text, 0)),
-                ("VAE", 1, lambda: sampler.decode(store.read([0]))))
+                ("VAE", 1, lambda: sampler.vae("decode", store.read([0]))))
         for (name, frames, run), expected in zip(work, predicted):
             run()
             torch.cuda.empty_cache()

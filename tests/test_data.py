@@ -301,8 +301,8 @@ def test_stale_or_damaged_cache_entries_are_made_again(tmp_path, prepared, small
 
 
 def test_clips_of_a_folder_are_its_pictures_or_their_latents(prepared, small_weights, tmp_path):
-    """The VAE stage sees the pictures; the others latents of every frame, in half precision. Their key changes
-    when a picture does."""
+    """The VAE stage sees the pictures; the others latents of every frame, in half precision. Their key
+    changes when a picture does."""
     model, places = load_weights(small_weights), torch.tensor([3, 7, 30])
     for stage in ("vae", "interp"):
         source = data.folder_clips(prepared, model, stage)

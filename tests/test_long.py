@@ -191,7 +191,7 @@ def test_the_last_frame_of_a_loop_is_given_the_first(tmp_path, restless_weights,
 
 
 def test_each_frame_is_made_under_the_prompt_of_its_segment(tmp_path, restless_weights, windows):
-    """The network sees the embedding of the prompt of the segment, the negative prompt's, and when it began."""
+    """The network sees the embedding of its prompt and of the negative prompt, and when the former began."""
     run(tmp_path, restless_weights, "--negative_prompt", "day", "--prompts", "0:dawn", "17:night, at 12:30")
     dawn, night, day = load_weights(restless_weights).context(["dawn", "night, at 12:30", "day"])
     assert len(windows) > 10

@@ -178,8 +178,8 @@ def test_half_precision_is_near_and_what_overflows_in_it_is_decoded_again(tmp_pa
     whole, half = (pixels(run(tmp_path / kind, sample.TINY_WEIGHTS, "--mixed_precision", kind, "--world=1",
                               frames=13)).astype(float) for kind in ("no", "bf16"))
     assert 0 < np.square(whole - half).mean() < 255 ** 2 / 1000
-    decode = lambda kind: sample.Sampler(
-        sample.parse(["--weights", restless_weights, "--mixed_precision", kind])).decode(1e6 * LATENTS[0])
+    decode = lambda kind: sample.Sampler(sample.parse(
+        ["--weights", restless_weights, "--mixed_precision", kind])).vae("decode", 1e6 * LATENTS[0])
     assert torch.isfinite(decode("fp16")).all() and (decode("fp16") - decode("no")).abs().max() < 0.1
 
 
@@ -251,7 +251,7 @@ def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restles
 
 
 def test_sampling_stable_diffusion_in_half_precision_takes_less_than_4_gb(monkeypatch, capsys):
-    """Windows of 7 frames of 512 x 512 with guidance; weights of one number each, which take no memory here."""
+    """Windows of 7 frames of 512 x 512, with guidance; weights of one number each take no memory here."""
     with torch.device("meta"):
         model = Model.build(PRESETS["sd15"])
     for network in model.networks().values():
@@ -259,7 +259,7 @@ def test_sampling_stable_diffusion_in_half_precision_takes_less_than_4_gb(monkey
                                  for key, tensor in network.state_dict().items()}, assign=True)
     monkeypatch.setattr(sample, "load_weights", lambda *_, dtype: model)
     sample.main(["--plan", "--frames=121", "--mixed_precision=fp16"])
-    unet, vae = re.findall(r"predicted peak .* (\d.*) GB,", capsys.readouterr().out)
+    unet, vae = re.findall(r"predicted peak .* (\d.*) GB in torch.float16", capsys.readouterr().out)
     assert 2 < float(unet) < 4 and 0.2 < float(vae) < 1
 
 
