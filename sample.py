@@ -310,7 +310,7 @@ def parse(argv):
     add("--loop", action="store_true", help="the last frame leads back into the first")
     add("--prompt", help="for tiny: wind left|right slow|fast, few|some|many clouds, dawn|day|dusk|night, "
         "red|green|violet|yellow balloon (default: drawn from --seed, or a caption of your clips)")
-    add("--prompts", nargs="+", default=[], metavar="FRAME:TEXT", help='from a frame on: "0:dawn" "60:night"')
+    add("--prompts", nargs="+", default=[], metavar="FRAME:TEXT", help='a new one from a frame on: "60:TEXT"')
     add("--negative_prompt", default="", help="what guidance leads away from")
     add("--seed", type=int, default=0, help="the same seed gives the same video, bit for bit")
     add("--fps", type=int, default=12, help="frames per second of the written videos (default: 12)")

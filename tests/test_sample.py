@@ -173,6 +173,15 @@ def test_the_prompt_is_the_users_or_that_of_the_world_or_one_the_weights_know(sm
     assert prompt("--world", "2") == data.SkyWorld(data.SPLITS["test"] + 2).caption()
 
 
+def test_the_model_that_ships_follows_a_new_prompt(tmp_path):
+    """From day to night within 40 frames: the picture is half as bright as without the prompt."""
+    day, night = (f"wind left slow, few clouds, {time}, red balloon" for time in ("day", "night"))
+    with_it, without = (pixels(run(tmp_path / name, sample.TINY_WEIGHTS, "--steps=4", "--prompt", day, *more,
+                                   frames=49))[-1].mean()
+                        for name, *more in (("with", "--prompts", f"8:{night}"), ("without",)))
+    assert with_it < 0.6 * without
+
+
 def test_half_precision_is_near_and_what_overflows_in_it_is_decoded_again(tmp_path, restless_weights):
     """In bfloat16 with the shipped weights: over 30 dB. Too bright for float16: as in float32."""
     whole, half = (pixels(run(tmp_path / kind, sample.TINY_WEIGHTS, "--mixed_precision", kind, "--world=1",
