@@ -1,7 +1,7 @@
 """Where training batches come from: the sky world, a procedural timelapse, or videos of your own.
 
     python data.py --prepare VIDEOS --out DIR     turn a folder of videos into a folder of clips
-    python data.py --check DIR                    show what is in it, and what each training stage finds there
+    python data.py --check DIR                    show what is in it, and what the video stages find there
     python data.py --drop_hardest 0.1 --scores A.csv --out drop.txt    list clips that cannot be learned
     python data.py --preview sheet.png            draw six sky worlds
 

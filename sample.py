@@ -312,7 +312,7 @@ def parse(argv):
         "red|green|violet|yellow balloon (default: drawn from --seed, or a caption of your clips)")
     add("--prompts", nargs="+", default=[], metavar="FRAME:TEXT", help='a new one from a frame on: "60:TEXT"')
     add("--negative_prompt", default="", help="what guidance leads away from")
-    add("--seed", type=int, default=0, help="the same seed gives the same video, bit for bit")
+    add("--seed", type=int, default=0, help="the same seed gives the same video on the same machine")
     add("--fps", type=int, default=12, help="frames per second of the written videos (default: 12)")
     add = p.add_argument_group("how, and with what").add_argument
     add("--schedule", default="hierarchical", choices=list(PLANNERS),
@@ -365,7 +365,7 @@ def continued(parser, argv, args):
     if extend:
         written = all(os.path.exists(frame_path(args.out, frame)) for frame in range(args.frames))
         if args.loop or not written:
-            raise ValueError(f"--extend needs a finished video and no loop: --resume {args.out} first")
+            raise ValueError(f"--extend needs a finished video and no loop: --resume --out {args.out}")
         args.known, args.frames = args.frames, args.frames + extend
     return args
 

@@ -65,9 +65,9 @@ def parse(argv):
     flag = p.add_argument_group("what to train on").add_argument
     flag("--data", metavar="DIR", help="your own clips, prepared by data.py; default sky worlds")
     flag("--drop", metavar="LIST", help="clips of --data to leave out, from data.py --drop_hardest")
-    flag("--score", metavar="FILE", help="do not train: write the loss of every clip of --data here")
+    flag("--score", metavar="FILE", help="do not train: write the losses of the clips of --data here")
     flag("--worlds", type=int, help="number of sky worlds; default by stage")
-    flag("--frames", type=int, help="train on windows of videos this long; default 481 for video, else 121")
+    flag("--frames", type=int, help="train on windows of videos this long; default by stage")
     flag("--aug_max", type=int, default=250, help="highest noise augmentation, 0 to 999; default %(default)s")
     flag = p.add_argument_group("how to train").add_argument
     flag("--max_steps", type=int, help="optimizer steps of the whole run; default by stage")
@@ -77,8 +77,8 @@ def parse(argv):
     flag("--mixed_precision", choices=("no", "fp16", "bf16", "auto"), help="default no; for sd15 auto")
     flag("--seed", type=int, default=0, help="default %(default)s")
     flag("--device", help="default cuda, else cpu")
-    flag = p.add_argument_group("memory, for the video stages (README.md says what each saves)").add_argument
-    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; 1 saves most")
+    flag = p.add_argument_group("memory, for the video stages (tests/benchmark.py tells what each saves)").add_argument
+    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; 1 saves most, default for sd15")
     flag("--optimizer_on_cpu", action="store_true", help="keep optimizer state and averaged weights there")
     flag("--offload_activations", action="store_true", help="keep what the backward pass needs on the CPU")
     flag("--activations_8bit", action="store_true", help="keep it in 8 bits; gradients are good to a percent")
@@ -674,7 +674,7 @@ def start_profile(args):
 
 
 def write_scores(args, model, device, world):
-    """Write the loss of every clip of --data, on equal windows and noise, for data.py --drop_hardest."""
+    """Write the losses of the clips of --data, on equal windows and noise, for data.py --drop_hardest."""
     if world > 1:
         raise ValueError(f"--score is the work of one process, found {world}: run it without torchrun")
     if not model.unet.temporal_hint.weight.any():               # it starts at zero
