@@ -101,7 +101,7 @@ def test_clips_on_several_processes_are_the_window_on_one(restless_weights, tmp_
 
 
 def test_a_joint_run_by_three_processes_is_that_by_one(restless_weights, tmp_path):
-    """Keyframes in one window that they share, the rest shared out: latents to 1e-5, pixels to 1 of 255."""
+    """Keyframes in one window that they share, the rest shared out: latents to 1e-5 of the largest, pixels to 1."""
     flags = ["--world", "1", "--schedule", "joint", "--max_stride", "4", "--scope", "3", "3", "--aug", "t=50",
              "--steps", "2", "--guidance_scale", "2"]
     one = run(tmp_path / "one", restless_weights, *flags)
@@ -109,7 +109,7 @@ def test_a_joint_run_by_three_processes_is_that_by_one(restless_weights, tmp_pat
     assert contents(one).keys() == contents(tmp_path / "three").keys()
     for name in os.listdir(one / "latents"):
         latents, others = (load_file(tmp_path / n / "latents" / name)["latents"] for n in ("one", "three"))
-        assert (latents - others).abs().max() <= 1e-5
+        assert (latents - others).abs().max() <= 1e-5 * others.abs().max()     # values up to 4, in float32
     pixels, others = (sample.read_frames(tmp_path / n, range(40)).astype(int) for n in ("one", "three"))
     assert abs(pixels - others).max() <= 1
 
