@@ -101,7 +101,7 @@ def test_clips_on_several_processes_are_the_window_on_one(restless_weights, tmp_
 
 
 def test_a_joint_run_by_three_processes_is_that_by_one(restless_weights, tmp_path):
-    """Keyframes in a window that they share, the rest shared out: latents to 1e-5 of the largest, pixels to 1."""
+    """Keyframes in a window that they share, the rest shared out: latents to 1e-5 of the largest."""
     flags = ["--world", "1", "--schedule", "joint", "--max_stride", "4", "--scope", "3", "3", "--aug", "t=50",
              "--steps", "2", "--guidance_scale", "2"]
     one = run(tmp_path / "one", restless_weights, *flags)
