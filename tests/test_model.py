@@ -284,7 +284,7 @@ PARTS = [(name, part) for name in ("small", "faint", "in9") for part in oracle.M
 @torch.no_grad()
 def test_outputs_are_those_of_stable_diffusions_own_code(name, part, half):
     """With the same weights and inputs, to 3e-5 of the largest value. Rounding is below 1e-5; a wrong eps in
-    the norms gives 2e-2. In float16 to 2e-2 on average: rounding the inputs to bfloat16 takes 1.8e-2 alone."""
+    the norms gives 2e-2. In float16 to 2e-2 on average: rounding only inputs to bfloat16 takes 1.8e-2."""
     network = {"unet": UNet, "vae": VAE, "text": TextEncoder}[part](oracle.config(name)).eval()
     weights = oracle.weights(name, part, network)
     weights = {key.removeprefix(PREFIXES[part]): tensor for key, tensor in weights.items()}
