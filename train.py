@@ -78,7 +78,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="default %(default)s")
     flag("--device", help="default cuda, else cpu")
     flag = p.add_argument_group("memory, for video stages (see tests/benchmark.py)").add_argument
-    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; 1 saves most, default for sd15")
+    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; sd15: 1")
     flag("--optimizer_on_cpu", action="store_true", help="keep optimizer state and averaged weights there")
     flag("--offload_activations", action="store_true", help="keep what the backward pass needs on the CPU")
     flag("--activations_8bit", action="store_true", help="keep it in 8 bits; gradients are good to a percent")
