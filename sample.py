@@ -466,10 +466,11 @@ def show_memory(args, plan):
     run = {"UNet": lambda: model.unet(x(rows, frames), torch.zeros(rows, frames).long(),
                                       torch.zeros(rows, TEXT_TOKENS, model.config.text_width)),
            "VAE": lambda: model.vae.decode(x(1, args.decode_chunk), args.decode_chunk)}
+    sampler.device = torch.device("cpu")    # where tensors without content are counted, whatever the device
     for name, network in ("UNet", model.unet), ("VAE", model.vae):
-        weights, sampler.device = [*network.parameters(), *network.buffers()], torch.device("cpu")
+        weights = [*network.parameters(), *network.buffers()]
         with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter(weights) as meter, sampler.autocast():
-            run[name]()     # on tensors without content
+            run[name]()
         total = sum(weight.nbytes for weight in weights) + meter.peak
         print(f"predicted peak of the {name}: {total / 1e9:.2f} GB in {sampler.dtype}, 1 GB for the driver")
 
