@@ -15,9 +15,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from model import PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, save_weights
+from model import (PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, plain_errors,
+                   save_weights)
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 # files hold more than weights: noise schedule, positions, training state, parts of CLIP that SD never uses
@@ -233,12 +234,10 @@ def merge_lora(model, path, scale=1.0):
     return len(used) // 3, sorted(tensors.keys() - used)
 
 
-def merge_loras(model, items):
-    """Merge LoRA files, each FILE or FILE:SCALE, and say what found its place."""
-    for item in items:
-        path, scale = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", item).groups()
-        count, unknown = merge_lora(model, path, float(scale or 1))
-        print(f"{path}: {count} layers merged, times {scale or 1}; no place for {unknown or 'none'}")
+def lora_file(item):
+    """FILE or FILE:SCALE -> file, scale."""
+    path, scale = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+))?", item, re.DOTALL).groups()
+    return path, float(scale or 1)
 
 
 def lora_tensors(model):
@@ -277,7 +276,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors("convert_sd_weights.py", "nothing was written"):
         main()
-    except (ValueError, OSError, SafetensorError) as error:     # no room on the disk, say
-        raise SystemExit(f"convert_sd_weights.py: {error}") from None

@@ -32,7 +32,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model import checksum, complete
+try:
+    import fcntl
+except ImportError:     # on Windows nothing notices two runs in one folder
+    fcntl = None
+
+from model import checksum, complete, plain_errors
 from schedule import STAGES, reach, shortest_clip, window_shapes
 
 
@@ -89,9 +94,17 @@ def made_from(path):
     """The note in a file of latents: what they were made from. None if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("about")
-    except (SafetensorError, OSError):
+            about, _, stated = file.metadata()["about"].rpartition(" ")
+            return about if checksum({"x0": file.get_tensor("x0")}) == stated else None
+    except (SafetensorError, OSError, KeyError, TypeError):
         return None
+
+
+def keep_latents(path, x0, about):
+    """Write latents (c, n, h, w), or of many worlds, in float16, with a note for `made_from`."""
+    x0 = x0.half()
+    with complete(path) as unfinished:
+        save_file({"x0": x0}, unfinished, {"about": f"{about} {checksum({'x0': x0})}"})
 
 
 def sky_clips(path, encode, seeds, frames, size, key):
@@ -101,10 +114,8 @@ def sky_clips(path, encode, seeds, frames, size, key):
     # in videos the light of every second world is restless, so that captions change and the video follows
     worlds = [SkyWorld(seed, size, restless=frames.step == 1 and seed % 2 == 1) for seed in seeds]
     if made_from(path) != note:
-        x0 = torch.cat([encode(world.video(np.array(frames))[None]).half()
-                        for world in tqdm(worlds, desc="drawing worlds", unit="world")])
-        with complete(path) as unfinished:
-            save_file({"x0": x0}, unfinished, metadata={"about": note})
+        keep_latents(path, torch.cat([encode(world.video(np.array(frames))[None]).half() for world in tqdm(
+            worlds, desc="drawing worlds", unit="world")]), note)
     x0 = load_file(path)["x0"]    # (worlds, c, f, h, w)
     return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
                  lambda i, places: x0[i][:, places].float(),
@@ -118,6 +129,7 @@ def sky_clips(path, encode, seeds, frames, size, key):
 #   DIR/clips/SOURCE/000.txt, 000.json  its caption, yours to edit, and where it comes from
 #   DIR/dropped.csv                     clips to leave out, and why; dropped_REASON.png shows them
 #   DIR/cache/KEY/SOURCE/000.safetensors    its latents; KEY: of a VAE
+FORMATS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif"   # ffmpeg's names of these:
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ALIKE = 0.9         # clips whose edges correlate more are duplicates
@@ -132,24 +144,26 @@ def files_in(folder, endings):
 
 def read_csv(path, *columns):
     """The rows of a csv file as dicts. ValueError if it lacks one of the columns."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        if not set(columns) <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} has the columns {rows.fieldnames}: expected {', '.join(columns)}")
-        return list(rows)
+    rows = csv.DictReader(read_text(path).splitlines(keepends=True), skipinitialspace=True)
+    if not set(columns) <= set(rows.fieldnames or ()):
+        raise ValueError(f"{path} has the columns {rows.fieldnames}: expected {', '.join(columns)}")
+    return list(rows)
 
 
 def prepare_source(name, caption, unfinished, args):
     """Make the clips of one source unless they exist. Returns why the source was refused, or None."""
     path, clips, folder = args.prepare / name, args.out / "clips" / name, unfinished / "clips" / name
+    files = files_in(path, PICTURES) if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.exists())    # knows a source again
     if clips.exists():
-        return None
+        old = read_json(clips / "000.json")["bytes"]
+        return None if old == size else f"changed: {old} bytes in {args.out}, now {size}; use another --out"
     work = folder / "work"
     (work / "pictures").mkdir(parents=True)
-    source = ["-i", f"file:{path.resolve()}"]
+    source = ["-format_whitelist", FORMATS, "-i", f"file:{path.resolve()}"]    # no playlists of other files
     if path.is_dir():
         source = ["-framerate", f"{args.fps:g}", "-i", "pictures/%05d.png"]
-        for i, file in enumerate(files_in(path, PICTURES), 1):
+        for i, file in enumerate(files, 1):
             try:
                 read_square(file, args.size).save(work / "pictures" / f"{i:05d}.png")
             except ValueError as error:
@@ -162,10 +176,13 @@ def prepare_source(name, caption, unfinished, args):
                f"scale={args.size}:{args.size}:flags=lanczos", "setsar=1"]
     # in a session of its own, or Ctrl-C would end ffmpeg too and the video would look damaged
     done = subprocess.run(["ffmpeg", "-v", "error", "-xerror", "-threads", "1", *source, "-map", "0:V:0",
-                           "-vf", ",".join(filters), "-fps_mode", "passthrough", "-pix_fmt", "rgb24",
-                           "%07d.png"], cwd=work, capture_output=True, stdin=subprocess.DEVNULL,
-                          start_new_session=True)
+                           "-vf", ",".join(filters), "-pix_fmt", "rgb24", "%07d.png"], cwd=work,
+                          capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
     frames, said = sorted(work.glob("*.png")), done.stderr.decode(errors="replace").splitlines()
+    ours = [line for line in said if re.search("No space left|No such filter|Unrecognized option", line)]
+    if done.returncode < 0 or ours:    # then the source is not to blame, and is not refused
+        raise ValueError(f"ffmpeg stopped at {name}: {(ours or [f'signal {-done.returncode}'])[0]}; it takes "
+                         "version 4.4 and room on the disk, then run this again")
     if said or not frames:
         return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else "it has no frame"
     place = lambda seconds: int(float(seconds) * args.fps + 0.5)    # rounds as ffmpeg does
@@ -183,7 +200,7 @@ def prepare_source(name, caption, unfinished, args):
         write_whole(f"{clip}.txt", caption + "\n")
         write_json(f"{clip}.json", {
             "source": name, "start": round(start / args.fps, 3), "end": round(stop / args.fps, 3),
-            "frames": stop - start, "frozen": start in starts})
+            "frames": stop - start, "frozen": start in starts, "bytes": size})
     shutil.rmtree(work)    # the clips appear all at once: a killed run leaves no half
     clips.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(clips)
@@ -194,7 +211,7 @@ def prepare(args):
 
     A caption is NAME.txt beside NAME.mp4, or its text in metadata.csv, or the name of its folder in words."""
     if not shutil.which("ffmpeg"):
-        raise ValueError("the program ffmpeg was not found: install version 5.1 or newer")
+        raise ValueError("the program ffmpeg was not found: install version 4.4 or newer")
     root, out, sources, texts, captions = args.prepare, args.out, set(), {}, {}
     for folder, folders, _ in os.walk(root):
         folders[:] = [name for name in folders
@@ -209,11 +226,12 @@ def prepare(args):
         name = path.relative_to(root)
         beside = Path(f"{path}.txt") if path.is_dir() else path.with_suffix(".txt")
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name.parent.name).lower()    # UCF101: ApplyEyeMakeup
-        text = beside.read_text("utf-8-sig", "replace") if beside.exists() else texts.get(path, words)
+        text = read_text(beside) if beside.exists() else texts.get(path, words)
         captions[name.as_posix()] = " ".join(text.split())
     if not captions:
         raise ValueError(f"{root} is not a folder with videos, GIFs or folders of pictures in it")
     settings = {flag: getattr(args, flag) for flag in ("size", "fps", "cut")}
+    _, lock = claim(out)
     path = out / "settings.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{out} was prepared with {read_json(path)}, not {settings}: give another --out")
@@ -238,7 +256,7 @@ def read_clips(folder, kept=True):
     for path in sorted(root.rglob("[0-9]*.json")):
         name = path.relative_to(root).with_suffix("").as_posix()
         if name not in dropped:
-            caption = path.with_suffix(".txt").read_text("utf-8", "replace")
+            caption = read_text(path.with_suffix(".txt"))
             clips[name] = read_json(path) | {"caption": " ".join(caption.split())}
     return clips
 
@@ -315,7 +333,10 @@ def check(folder):
 
 def content(folder, name):
     """A hash of the pictures of a clip."""
-    return hashlib.sha256(b"".join(picture.read_bytes() for picture in pictures_of(folder, name))).hexdigest()
+    total = hashlib.sha256()
+    for picture in pictures_of(folder, name):
+        total.update(picture.read_bytes())
+    return total.hexdigest()
 
 
 def latents_key(model):
@@ -334,8 +355,7 @@ def cache(folder, model, device):
         if made_from(path) != note:
             parts = [from_pixels(map(Image.open, pictures[i:i + 16])) for i in range(0, len(pictures), 16)]
             latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
-            with complete(path) as unfinished:
-                save_file({"x0": latents[0].half()}, unfinished, {"about": note})
+            keep_latents(path, latents[0], note)
     model.vae.to(home)
 
 
@@ -346,7 +366,7 @@ def folder_clips(folder, model, stage, split=None, drop=None):
     the last tenth of long clips: what else is in the folder does not count. drop: a list by --drop_hardest of
     clips not to train on. ValueError if no clip is long enough, or they have not the model's size."""
     clips, needed, parts = read_clips(folder), shortest_clip(stage), {}    # {name: range of frames}
-    left_out = set(Path(drop).read_text("utf-8").split("\n")) - {""} if drop else set()
+    left_out = set(read_text(drop).split("\n")) - {""} if drop else set()
     if gone := left_out - clips.keys():
         raise ValueError(f"{drop} names clips that are gone, such as {min(gone)}: make the list again")
     for name, clip in clips.items():
@@ -430,8 +450,14 @@ def from_pixels(images):
 def read_square(path, size):
     """The middle square of a picture file, as the camera was held, resized: a Pillow picture in RGB."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, SyntaxError) as error:    # SyntaxError: a broken PNG
+        if not os.path.isfile(path):
+            raise OSError("no such file")
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"))
+        if image.mode.startswith("I;16"):      # Pillow would cut 16 bits off, not scale them
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:    # a broken PNG, say
         raise ValueError(f"no picture can be read from {path} ({error}): give a PNG or JPG file") from None
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
@@ -490,9 +516,57 @@ def write_json(path, value):
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_text(path):
+    """A text file, in any of the encodings that editors write. ValueError if it is not a file."""
+    if not os.path.isfile(path):
+        raise ValueError(f"No such file: {path}")       # reading a named pipe would wait for ever
+    text = Path(path).read_bytes()
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return text.decode("utf-16", "replace")
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
 def read_json(path):
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text("utf-8"))
+    """Read a JSON file. ValueError, with its name, if it holds no object."""
+    try:
+        return dict(json.loads(read_text(path)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a JSON object ({error}): remove it") from None
+
+
+def claim(folder, prefix=None):
+    """Create a folder, or without one the next free PREFIX001, and hold it as long as the lock lives.
+
+    Returns (folder, lock). ValueError if another process holds it."""
+    n = 1
+    while not folder:
+        try:
+            os.makedirs(f"{prefix}{n:03d}")
+            folder = f"{prefix}{n:03d}"
+        except FileExistsError:
+            n += 1
+    os.makedirs(folder, exist_ok=True)
+    lock = open(os.path.join(folder, ".lock"), "w")
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # a killed process, or its ffmpeg, holds none
+    except (BlockingIOError, PermissionError):                  # one or the other, by system
+        raise ValueError(f"another process works in {folder}: wait for it, or give another --out") from None
+    return folder, lock
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def convert(text):
+        if not low <= kind(text) <= high:      # nan fails every comparison
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__           # argparse names it where kind cannot read the text
+    return convert
 
 
 # --- the sky world: lengths in picture widths, speeds in widths per frame -----------------------------------
@@ -666,20 +740,21 @@ def main(argv=None):
     todo("--prepare", metavar="VIDEOS", type=Path, help="make clips of the videos, GIFs and folders of "
          "pictures in a folder; captions: NAME.txt beside NAME.mp4, metadata.csv (path,text), or the folder")
     todo("--check", metavar="DIR", help="show what is in a prepared folder and what training finds there")
-    todo("--drop_hardest", type=float, metavar="SHARE", help="list the clips of highest loss, 0.1: a tenth")
+    todo("--drop_hardest", type=number(float, 0, 1), metavar="SHARE", help="list the clips of "
+         "highest loss, 0.1: a tenth")
     todo("--preview", metavar="FILE", help="draw six sky worlds, a row each, into a picture")
     flag("--out", type=Path, help="folder to prepare in, or file for the list of --drop_hardest")
-    flag("--seed", type=int, default=0, help="the first of the six worlds, from 0 on")
-    flag("--size", type=int, default=64, help="of a frame in pixels; 64 for tiny, 512 for sd15")
-    flag("--fps", type=float, default=5.0, help="frames to keep per second; 5 for timelapses")
-    flag("--cut", type=float, default=6.0, help="score of a cut, 0 to 100; lower it if cuts are missed")
+    flag("--seed", type=number(int, 0), default=0, help="the first of the six worlds, from 0 on")
+    flag("--size", type=number(int, 16, 4096), default=64, help="of a frame; 64 for tiny, 512 for sd15")
+    flag("--fps", type=number(float, 0.001, 1000), default=5.0, help="frames to keep; 5 for timelapses")
+    flag("--cut", type=number(float, 0, 100), default=6.0, help="score of a cut; lower it if some are missed")
     flag("--scores", nargs="+", default=[], help="losses by train.py --score, a file per stage")
     flag("--held_out", nargs="+", default=[], help="the same by models that were trained on other data")
     args = p.parse_args(argv)
     if (args.prepare or args.drop_hardest) and not args.out:
         raise ValueError("--prepare and --drop_hardest need --out: see data.py --help")
-    if args.size < 16 or args.size % 8 or args.fps <= 0:
-        raise ValueError(f"found --size {args.size} --fps {args.fps:g}: --size is a multiple of 8 above 8")
+    if args.size % 8:
+        raise ValueError(f"--size must be a multiple of 8, found {args.size}")
     if args.prepare:
         prepare(args)
     elif args.check:
@@ -694,7 +769,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors("data.py", "the same command goes on"):
         main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"data.py: {error}") from None

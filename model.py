@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 import unicodedata
 import zlib
 from collections import Counter, OrderedDict
@@ -203,7 +204,6 @@ class UNet(nn.Module):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
         self.checkpoint_every = 0     # recompute every K-th block in the backward pass; 0: none
-        self.factor = 2 ** (len(widths) - 1)      # latents are halved this often, and must come out even
         self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
 
         def block(c_in, c_out, attend, *more):
@@ -253,12 +253,8 @@ class UNet(nn.Module):
         prompt_start  (b,) the frame at which this prompt took over from another, default -inf: none did
         with_prior  return the prior too, in the same shape (None for one frame): it has a loss of its own
         clips    a `ClipParallel`, if processes share a window; x, t, frames and given are this process's"""
-        b, c, f, h, w = x.shape
-        if t.shape != (b, f) or h % self.factor or w % self.factor:
-            raise ValueError(f"the UNet got x of {tuple(x.shape)} and t of {tuple(t.shape)}: h and w must be "
-                             f"multiples of {self.factor}, and t one level per frame, {(b, f)}")
         window = None
-        if temporal and (clips.total if clips else f) > 1:
+        if temporal and (clips.total if clips else x.shape[2]) > 1:
             window = look_around(self.temporal_embed, x, t, context, frames, given, prompt_start, clips)
         output, prior = self.second_half(x, t, context, window, *self.first_half(x, t, context, window))
         return (output, prior) if with_prior else output
@@ -813,13 +809,17 @@ class Model:
         return self.text(self.tokenizer(prompts).to(next(self.text.parameters()).device))
 
 
-def choose_device(name=None):
-    """The torch device to run on, and why."""
-    if name:
-        return torch.device(name), "as --device says"
-    if torch.cuda.is_available():    # mps lacks FlowPrior's grid_sample before torch 2.13: only if asked for
-        return torch.device("cuda"), "found it"
-    return torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads"
+@contextmanager
+def plain_errors(script, advice):
+    """Around a script: what its user can mend, and Ctrl-C, end it with a sentence, not with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")      # not every terminal can show every file name
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"{script}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"{script}: stopped; {advice}") from None
 
 
 @contextmanager
@@ -827,8 +827,13 @@ def complete(path):
     """A name to write to. The file gets its own name when it is complete, and not if anything fails."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     root, ending = os.path.splitext(path)
-    yield f"{root}.tmp{ending}"
-    os.replace(f"{root}.tmp{ending}", path)
+    unfinished = f"{root}.{os.getpid()}.tmp{ending}"       # two processes may write the same file
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
 
 
 def checksum(tensors, *texts):
@@ -854,6 +859,8 @@ def save_weights(path, model, dtype=torch.float16, only=lambda key: True, **abou
 def read_weights(path):
     """The config, merges, description and tensors of a file by `save_weights`; ValueError if damaged."""
     try:
+        if not os.path.isfile(path):      # opening a named pipe would wait for ever
+            raise OSError("no such file")
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
         config, merges, about, stated = (metadata[key] for key in ("config", "merges", "about", "checksum"))

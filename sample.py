@@ -15,9 +15,11 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from bisect import bisect_right
 from datetime import timedelta
-from itertools import count, groupby
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -27,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
-from convert_sd_weights import merge_loras
+from convert_sd_weights import lora_file, merge_lora
 from diffusion import ddim_step, describe_noise_level, frame_noise, guide, parse_noise_level
-from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, choose_device, complete, fill, is_temporal,
-                   load_weights, read_weights)
+from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, complete, fill, is_temporal,
+                   load_weights, plain_errors, read_weights)
 from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, plan_video, share, show
 
 # what a preset uses where the command line is silent
@@ -96,7 +98,10 @@ class Sampler:
         for name, value in DEFAULTS[model.config.name].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        merge_loras(model, args.lora)
+        for item in args.lora:
+            path, scale = lora_file(item)
+            count, unknown = merge_lora(model, path, scale)
+            print(f"{path}: {count} layers merged, times {scale:g}; no place for {unknown or 'none'}")
         temporal = lambda: {key: p.clone() for key, p in model.unet.state_dict().items() if is_temporal(key)}
         self.layers = {stage: temporal() for stage in STAGES} if args.temporal else {}   # of files by stage
         for path in args.temporal:
@@ -138,6 +143,8 @@ class Sampler:
             out = getattr(vae, way)(x, chunk)
         if not torch.isfinite(out).all():      # fp16 ends at 65504
             out = getattr(copy.deepcopy(vae).float(), way)(x, chunk)
+            if not torch.isfinite(out).all():
+                raise ValueError(f"the VAE cannot {way} this: its numbers, or its weights, are not finite")
         return out[0].float().cpu()
 
     @torch.no_grad()
@@ -210,6 +217,18 @@ def frame_plan(args):
     return plan, given, borders
 
 
+def choose_device(name=None):
+    """The torch device to run on, and why. ValueError if --device names one that does not work."""
+    if name:
+        try:
+            return torch.zeros(0, device=name).device, "as --device says"
+        except (RuntimeError, AssertionError) as error:      # AssertionError: torch was built without it
+            raise ValueError(f"--device {name} does not work: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():    # mps lacks FlowPrior's grid_sample before torch 2.13: only if asked for
+        return torch.device("cuda"), "found it"
+    return torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads"
+
+
 def processes(backend="gloo"):
     """(rank, world): which process this is, of how many. torchrun starts them; backend nccl is for GPUs."""
     if "RANK" not in os.environ:
@@ -235,10 +254,23 @@ def sample(args):
     print(f"plan {args.schedule}: {costs(plan)}")
     sampler = Sampler(args, rank, world)
     pictures, prompts = read_inputs(args, sampler.model, borders)
-    args.out = args.out or next(path for i in count(1) if not os.path.exists(path := f"out/sample_{i:03d}"))
-    if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
-        raise ValueError(f"{args.out} already holds a run: --resume it, or give another --out folder")
-    wait_for_all()   # nobody writes before all have looked
+    if rank == 0:
+        args.out, lock = data.claim(args.out, "out/sample_")
+        if not args.resume and {"args.json", "latents", "frames"}.intersection(os.listdir(args.out)):
+            raise ValueError(f"{args.out} already holds a run: --resume it, or give another --out folder")
+    if world > 1:
+        shared = [args.out]
+        dist.broadcast_object_list(shared)
+        args.out, = shared
+    # the same run needs the same files, wherever they are by now
+    files = [args.weights or TINY_WEIGHTS, *args.temporal, *(lora_file(item)[0] for item in args.lora),
+             *by_frame(args.keyframes, "keyframes").values(), *([args.image] if args.image else [])]
+    sums = [zlib.crc32(np.memmap(path, np.uint8, "r")) for path in files]
+    for path, old, new in zip(files, args.sums or sums, sums):
+        if old != new:
+            raise ValueError(f"{path} is not the file that {args.out} was started with: give that one, or "
+                             "another --out")
+    args.sums = sums
     print(f"folder: {args.out}\nprompt: {'; '.join(prompts)}")
     tokenizer = sampler.model.tokenizer
     unknown = sorted({word for word in tokenizer.words(" ".join(prompts)) if len(tokenizer.pieces(word)) > 1})
@@ -301,11 +333,13 @@ class Store:
 # --- the command line -------------------------------------------------------------------------------------
 def parse(argv):
     """The command line of sample.py."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="sample.py [flags]")
+    whole, real = partial(data.number, int), partial(data.number, float)
     add = p.add_argument_group("what to make (frames are counted from 0)").add_argument
-    add("--frames", type=int, default=121, help="length of the video (default: 121)")
+    add("--frames", type=whole(1, 100_000), default=121, help="length of the video (default: 121)")
     add("--image", metavar="FILE", help="picture for frame 0, cropped to a square and resized")
-    add("--world", type=int, metavar="N", help="frame 0 and prompt of the N-th test world")
+    add("--world", type=whole(0, 999_999), metavar="N", help="frame 0 and prompt of the N-th test world")
     add("--keyframes", nargs="+", default=[], metavar="FRAME:FILE", help="pictures: 0:a.png 120:b.png")
     add("--loop", action="store_true", help="the last frame leads back into the first")
     add("--prompt", help="for tiny: wind left|right slow|fast, few|some|many clouds, dawn|day|dusk|night, "
@@ -313,50 +347,48 @@ def parse(argv):
     add("--prompts", nargs="+", default=[], metavar="FRAME:TEXT", help='a new one from a frame on: "60:TEXT"')
     add("--negative_prompt", default="", help="what guidance leads away from")
     add("--seed", type=int, default=0, help="the same seed gives the same video on the same machine")
-    add("--fps", type=int, default=12, help="frames per second of the written videos (default: 12)")
+    add("--fps", type=whole(1, 240), default=12, help="frames per second of the written videos (default: 12)")
     add = p.add_argument_group("how, and with what").add_argument
     add("--schedule", default="hierarchical", choices=list(PLANNERS),
         help="which frames are made from which; joint: all keyframes in one window, which processes share")
-    add("--max_stride", type=int, default=16, help="most frames from keyframe to keyframe (default: 16)")
-    add("--scope", type=int, nargs=2, metavar=("RADIUS", "GLOBAL"),
+    add("--max_stride", type=whole(1), default=16, help="most frames from keyframe to keyframe (default: 16)")
+    add("--scope", type=whole(0), nargs=2, metavar=("RADIUS", "GLOBAL"),
         help="a frame attends to so many on either side, and to so many all over its window (default: all)")
-    add("--steps", type=int, help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
-    add("--guidance_scale", type=float, help="1 is off and fast (default: 1.5 for tiny, 7.5 for sd15)")
+    add("--steps", type=whole(1, 1000), help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
+    add("--guidance_scale", type=real(-100, 100), help="1: off, fast (default: 1.5 for tiny, 7.5 for sd15)")
     add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha, default for sd15), "
         "snr=9.2, abar=0.9, t=94 or none (default for tiny)")
     add("--weights", metavar="FILE", help="(default: the tiny model in assets/)")
     add("--temporal", nargs="+", default=[], metavar="FILE",
         help="temporal layers from train.py; each file makes the windows of its stage")
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRAs in kohya's layout")
-    add("--batch_size", type=int, help="windows to compute together (default: 8 for tiny, 1 for sd15)")
-    add("--decode_chunk", type=int, help="frames to decode together (default: 16 for tiny, 1 for sd15)")
+    add("--batch_size", type=whole(1), help="windows to compute together (default: 8 for tiny, 1 for sd15)")
+    add("--decode_chunk", type=whole(1), help="frames to decode together (default: 16 for tiny, 1 for sd15)")
     add("--mixed_precision", choices=(*DTYPES, "auto"), default="auto", help="auto: fp16 on a GPU (default)")
     add("--device", help="(default: cuda, else cpu)")
     add = p.add_argument_group("where, and what else").add_argument
     add("--out", help="folder of the run (default: the next free out/sample_NNN)")
     add("--resume", action="store_true", help="finish the run in --out with its own flags")
-    add("--extend", type=int, metavar="N", help="make the finished video in --out N frames longer")
+    add("--extend", type=whole(1, 100_000), metavar="N", help="make a finished video N frames longer")
     add("--plan", action="store_true", help="print the plan, its costs and its memory, and stop")
-    p.set_defaults(known=0)   # frames that were finished before --extend
+    p.set_defaults(known=0, sums=[])   # frames that were finished before --extend; checksums of files
     args = p.parse_args(argv)
     if args.resume or args.extend is not None:
         args = continued(p, argv, args)
-    for name in ("frames", "fps", "max_stride", "batch_size", "decode_chunk"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}: give 1 or more")
     return args
 
 
 def continued(parser, argv, args):
     """The arguments of the run in --out, for --resume and --extend. ValueError if argv has others."""
     extend, path = args.extend, os.path.join(args.out or "", "args.json")
-    if extend is not None and (args.resume or extend < 1):
-        raise ValueError(f"--extend {extend}: give the number of frames to add, at least 1, without --resume")
+    if extend and args.resume:
+        raise ValueError("--extend and --resume both go on with a run: give one of them")
     if not args.out or not os.path.exists(path):
         raise ValueError(f"{args.out} holds no run to go on with: give the folder of a run as --out")
     old = data.read_json(path)
     args = parser.parse_args(argv, argparse.Namespace(**old))   # what argv leaves out stays as it was
-    free = {"resume", "extend", "out", "device", "plan"} | ({"prompts"} if extend else set())
+    free = {"resume", "extend", "out", "device", "plan", "weights", "temporal", "image"}   # files: see sums
+    free |= {"prompts"} if extend else set()
     for name, value in vars(args).items():
         if name not in free and old.get(name) != value:
             raise ValueError(f"the run in {args.out} was started with --{name} {old.get(name)}, now it is "
@@ -487,9 +519,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors("sample.py", "finished frames are kept, --resume --out FOLDER goes on"):
         main()
-    except ValueError as error:
-        raise SystemExit(f"sample.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; finished frames are kept, --resume --out FOLDER goes on") from None

@@ -14,10 +14,13 @@ The stages, in the order that makes a model from nothing (README.md has times an
 Read `denoising_loss` and the loop in `main` first. The rest serves them.
 """
 import argparse
+import math
 import os
 import random
+import signal
 import time
 import weakref
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,7 +30,6 @@ import torch.distributed as dist
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -35,9 +37,9 @@ import data
 from convert_sd_weights import lora_tensors, merge_lora
 from diffusion import T
 from model import (PREFIXES, PRESETS, TEXT_TOKENS, TINY_WEIGHTS, Model, Tokenizer, add_lora,
-                   checksum, choose_device, complete, fill, is_temporal, keep_activations, load_weights,
-                   look_around, read_weights, save_weights, store_in_8bit)
-from sample import DTYPES, denoise_window, processes
+                   checksum, complete, fill, is_temporal, keep_activations, load_weights, look_around,
+                   plain_errors, read_weights, save_weights, store_in_8bit)
+from sample import DTYPES, choose_device, denoise_window, processes
 from schedule import window_shapes
 
 VIDEO_STAGES = ("starter", "extrap", "interp", "video")
@@ -54,6 +56,7 @@ CAPTION_DROPOUT = 0.1   # share of examples trained without a caption, so that s
 def parse(argv):
     """The command line. Defaults are the tiny preset on the sky world."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="train.py --stage STAGE [flags]")
+    whole, real = partial(data.number, int), partial(data.number, float)
     flag = p.add_argument_group("the run").add_argument
     flag("--stage", required=True, choices=("vae", "image", *VIDEO_STAGES))
     flag("--preset", default="tiny", choices=list(PRESETS), help="default %(default)s")
@@ -66,30 +69,30 @@ def parse(argv):
     flag("--data", metavar="DIR", help="your own clips, prepared by data.py; default sky worlds")
     flag("--drop", metavar="LIST", help="clips of --data to leave out, from data.py --drop_hardest")
     flag("--score", metavar="FILE", help="do not train: write the losses of the clips of --data here")
-    flag("--worlds", type=int, help="number of sky worlds; default by stage")
-    flag("--frames", type=int, help="train on windows of videos this long; default by stage")
-    flag("--aug_max", type=int, default=250, help="highest noise augmentation, 0 to 999; default %(default)s")
+    flag("--worlds", type=whole(1, 1_000_000), help="number of sky worlds; default by stage")
+    flag("--frames", type=whole(1, 100_000), help="train on windows of videos this long; default by stage")
+    flag("--aug_max", type=whole(0, 999), default=250, help="highest noise augmentation; default %(default)s")
     flag = p.add_argument_group("how to train").add_argument
-    flag("--max_steps", type=int, help="optimizer steps of the whole run; default by stage")
-    flag("--batch_size", type=int, help="default by stage; out of memory? halve it, and double the next flag")
-    flag("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="default %(default)s")
-    flag("--learning_rate", type=float, help="peak, after a warm-up; a cosine follows; default by stage")
+    flag("--max_steps", type=whole(1), help="optimizer steps of the whole run; default by stage")
+    flag("--batch_size", type=whole(1), help="default by stage; if memory is short: half, twice the next flag")
+    flag("--gradient_accumulation_steps", type=whole(1), default=1, metavar="N", help="default 1")
+    flag("--learning_rate", type=real(1e-9, 1), help="after a warm-up; a cosine follows; default by stage")
     flag("--mixed_precision", choices=("no", "fp16", "bf16", "auto"), help="default no; for sd15 auto")
-    flag("--seed", type=int, default=0, help="default %(default)s")
+    flag("--seed", type=whole(0, 2 ** 32), default=0, help="default %(default)s")
     flag("--device", help="default cuda, else cpu")
     flag = p.add_argument_group("memory, for video stages (see tests/benchmark.py)").add_argument
-    flag("--gradient_checkpointing", type=int, metavar="K", help="recompute every K-th block; sd15: 1")
+    flag("--gradient_checkpointing", type=whole(0), metavar="K", help="recompute every K-th block; sd15: 1")
     flag("--optimizer_on_cpu", action="store_true", help="keep optimizer state and averaged weights there")
     flag("--offload_activations", action="store_true", help="keep what the backward pass needs on the CPU")
     flag("--activations_8bit", action="store_true", help="keep it in 8 bits; gradients are good to a percent")
     flag("--backbone_8bit", action="store_true", help="store frozen layers in 8 bits; needs checkpointing 1")
-    flag("--lora_rank", type=int, default=0, metavar="R", help="also train a LoRA of the spatial attentions")
+    flag("--lora_rank", type=whole(0), default=0, metavar="R", help="also train LoRA of spatial attentions")
     flag = p.add_argument_group("speed and reports").add_argument
     flag("--pipeline", action="store_true", help="pairs of processes share a UNet, half the activations each")
     flag("--profile", action="store_true", help="say where the time of steps 4 to 6 goes; writes trace.json")
-    flag("--save_every", type=int, metavar="N", help="validate, draw and save so often; default by length")
+    flag("--save_every", type=whole(1), metavar="N", help="validate, draw and save so often; default by length")
     flag("--dry_run", action="store_true", help="print what would be trained and its memory, and stop")
-    args = p.parse_args(argv, argparse.Namespace(clips=""))   # later: a checksum of the clips of --data
+    args = p.parse_args(argv, argparse.Namespace(clips="", start=""))   # later: checksums, see FIXED
     sd15 = args.preset == "sd15"
     names = ("max_steps", "batch_size", "learning_rate", "worlds", "frames")
     defaults = dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage]))
@@ -186,7 +189,9 @@ def main(argv=None):
         return dry_run(args, device, why)
     rank, world = processes("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
     part = batch_part(args, rank, world)
+    lock = data.claim(args.out) if rank == 0 and not args.score else None
     model = prepare_model(args)
+    args.start = checksum(model.state())
     trainable = freeze_the_rest(model, args)
     model.to(device, ("unet",) if args.preset == "sd15" else ("unet", "vae", "text"))   # to leave room
     count = sum(parameter.numel() for parameter in trainable.values())
@@ -210,6 +215,9 @@ def main(argv=None):
     copy_into(trainable, masters)
     progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", disable=rank > 0)
     profiler = start_profile(args) if args.profile and rank == 0 else None
+    interrupted = []                        # Ctrl-C waits until the step at work is done
+    if world == 1:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 
     while True:
         # once in a while: validate and draw with the averaged weights, save everything
@@ -223,6 +231,10 @@ def main(argv=None):
             save_checkpoint(state, step, log, args)
         if step == args.max_steps:
             break
+        if interrupted:
+            write_log(log, args)
+            save_checkpoint(state, step, log, args)
+            raise KeyboardInterrupt
 
         # determine and set the learning rate
         started, loss = time.time(), 0.0
@@ -233,30 +245,27 @@ def main(argv=None):
         for micro in range(args.gradient_accumulation_steps):
             number = step * args.gradient_accumulation_steps + micro
             seed = args.seed * 1_000_003 + number
-            with record_function("data"):
-                batch = next_batch(number)          # a function of the number alone: resume is exact
+            batch = next_batch(number)              # a function of the number alone: resume is exact
             if args.pipeline:
                 loss += pipeline_step(model, batch, seed, part, args, device, scaler)
                 continue
-            with record_function("forward"), forward_context(args, device):
+            with forward_context(args, device):
                 descend, error = stage_loss(model, batch, seed, args, part)
-            with record_function("backward"):
-                scaler.scale(descend / args.gradient_accumulation_steps).backward()
+            scaler.scale(descend / args.gradient_accumulation_steps).backward()
             loss += error.item() / args.gradient_accumulation_steps
         loss = share_gradients(masters.values(), loss, args, world)
-        if loss != loss:
-            raise ValueError(f"the loss is not a number at step {step} of stage {args.stage}: --resume with "
-                             "--mixed_precision no, or start anew with half the --learning_rate")
 
         # clip, update, average
-        with record_function("optimizer"):
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), MAX_GRAD_NORM).item()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            copy_into(trainable, masters)
-            update_ema(ema, masters, step + 1)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), MAX_GRAD_NORM).item()
+        if not math.isfinite(loss if scaler.is_enabled() else loss + grad_norm):    # the scaler skips a step
+            raise ValueError(f"loss {loss} and gradient {grad_norm} at step {step} of stage {args.stage}: try "
+                             "--resume auto --mixed_precision no, or half the --learning_rate in a new --out")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        copy_into(trainable, masters)
+        update_ema(ema, masters, step + 1)
         step += 1
 
         # timing and logging
@@ -269,6 +278,7 @@ def main(argv=None):
         progress.update()
 
     progress.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank == 0:
         with averaged(ema, trainable):
             finish(model, next_batch, args, sum(row["seconds"] for row in log) / 60, row["val_loss"])
@@ -445,8 +455,10 @@ def sample_sheet(model, batch, step, args, device):
 
 
 # what decides the batches, the loss and the learning rate must not change in the middle of a run
-FIXED = ("weights", "stage", "preset", "max_steps", "batch_size", "gradient_accumulation_steps",
-         "learning_rate", "seed", "worlds", "frames", "aug_max", "lora_rank", "clips")
+# start, clips: checksums of the model that it starts from and of the clips, wherever their files are
+FIXED = ("start", "stage", "preset", "max_steps", "batch_size", "gradient_accumulation_steps",
+         "learning_rate", "seed", "worlds", "frames", "aug_max", "lora_rank", "activations_8bit",
+         "backbone_8bit", "clips")
 
 
 def save_checkpoint(state, step, log, args):
@@ -457,19 +469,31 @@ def save_checkpoint(state, step, log, args):
                     "scaler": scaler.state_dict(), "step": step, "args": vars(args)}, unfinished)
 
 
+def read_checkpoint(path):
+    """What `save_checkpoint` wrote. ValueError if the file is missing or damaged."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: leave --resume out to start anew, or give the file")
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()           # it has checksums, which torch.load does not look at
+        if not damaged:
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:                  # a damaged file can raise almost anything
+        damaged = error
+    raise ValueError(f"{path} is damaged ({damaged}): remove it and start anew") from None
+
+
 def load_checkpoint(state, args, rank, world):
     """Put a run back where it was saved. Returns its step and its log: 0 and [] without --resume."""
     parameters, ema, optimizer, scaler = state
     if not args.resume:
         return 0, []
     path = os.path.join(args.out, "ckpt.pt") if args.resume == "auto" else args.resume
-    found = [torch.load(path, weights_only=True, map_location="cpu") if os.path.exists(path) else None]
+    found = [read_checkpoint(path) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(found)       # only the machine of rank 0 has the file
     found = found[0]
-    if found is None:
-        raise ValueError(f"no checkpoint at {path}: leave --resume out to start anew, or give the file")
-    for name in FIXED if rank == 0 else FIXED[1:]:              # other machines may keep weights elsewhere
+    for name in FIXED:
         old, new = found["args"].get(name), vars(args).get(name)
         if old != new:
             raise ValueError(f"{path} was made with {name} {old}, now it is {new}: give the old value, or "
@@ -690,7 +714,5 @@ def write_scores(args, model, device, world):
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors("train.py", "--resume auto goes on, or the same command if nothing was saved yet"):
         main()
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from None

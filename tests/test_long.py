@@ -142,9 +142,8 @@ def test_an_extension_leaves_what_exists_and_can_be_interrupted_too(tmp_path, re
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         dies_at(patch, sample.Sampler, "make", 3)
         run(cut, restless_weights, "--extend", "17", frames=None)
-    for frames, words in (("17", "needs a finished video and no loop: --resume"), ("0", "at least 1")):
-        with pytest.raises(ValueError, match=words):
-            run(cut, restless_weights, "--extend", frames, frames=None)
+    with pytest.raises(ValueError, match="needs a finished video and no loop: --resume"):
+        run(cut, restless_weights, "--extend", "17", frames=None)
     run(cut, restless_weights, "--resume", frames=None)
     assert contents(cut) == contents(once)
 

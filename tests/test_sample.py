@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import evaluate
 import numpy as np
@@ -14,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import convert_sd_weights
 import data
 import sample
+import train
 from diffusion import NoiseSchedule, frame_noise
 from model import PRESETS, TINY_WEIGHTS, Model, is_temporal, load_weights, save_weights
 from schedule import autoregressive, hierarchical, joint
@@ -221,7 +222,7 @@ def test_stage_files_make_the_windows_of_their_stage_and_untrained_layers_are_me
 def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(restless_weights, monkeypatch):
     """Steps, guidance and noise augmentation; LoRA files are merged at their scale."""
     merged = []
-    monkeypatch.setattr(convert_sd_weights, "merge_lora", lambda _, *item: (merged.append(item), (1, []))[1])
+    monkeypatch.setattr(sample, "merge_lora", lambda _, *item: (merged.append(item), (1, []))[1])
     args = sample.parse(["--weights", restless_weights, "--guidance_scale", "2", "--lora", "a.b", "C:c:0.5"])
     sampler = sample.Sampler(args)
     assert (args.steps, args.guidance_scale, args.aug) == (4, 2, "none")
@@ -229,10 +230,10 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--frames", "0"], "--frames is 0: give 1 or more"), (["--aug", "loud=3"], "nsr="),
+    (["--aug", "loud=3"], "nsr="),
     (["--image", "nothing.png"], "no picture"), (["--image", __file__], "no picture can be read"),
-    (["--weights", "nothing.safetensors"], "no weights file"), (["--steps", "0"], "steps"),
-    (["--max_stride", "0"], "--max_stride is 0"),
+    (["--weights", "nothing.safetensors"], "no weights file"),
+    (["--device", "gpu"], "--device gpu does not work"), (["--weights", "."], "no weights file"),
     (["--resume"], "holds no run"), (["--extend", "5"], "holds no run"),
     (["--keyframes", "a.png"], "expected FRAME:VALUE"), (["--prompts", "50:night"], "name frame 50"),
     (["--keyframes", "0:a.png", "0:b.png"], "each frame once"),
@@ -247,6 +248,45 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, restless_weights
     with pytest.raises(ValueError, match=words) as error:
         run("run", restless_weights, *argv)
     assert "\n" not in str(error.value) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("script, argv", [
+    (sample, ["--frames", "0"]), (sample, ["--steps", "1001"]), (sample, ["--max_stride", "-1"]),
+    (sample, ["--guidance_scale", "nan"]), (sample, ["--fps", "many"]), (train, ["--batch_size", "-1"]),
+    (train, ["--max_steps", "0"]), (train, ["--learning_rate", "inf"]), (train, ["--aug_max", "1000"])])
+def test_numbers_out_of_range_are_refused_in_one_line(script, argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        script.main([*(["--stage", "interp"] if script is train else []), *argv])
+    assert re.search(f"error: argument {argv[0]}: .*{argv[1]}", capsys.readouterr().err)
+    assert not os.listdir(tmp_path)
+
+
+def test_two_runs_never_share_a_folder(tmp_path, restless_weights, monkeypatch):
+    """A folder that another run holds is refused; a free number is taken by making its folder."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("out/sample_001")
+    argv = ["--frames", "1", "--weights", restless_weights, "--out", "out/sample_002"]
+    hold = "import data; lock = data.claim(None, 'out/sample_'); print(lock, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, stdin=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(data.__file__)}) as other:
+        assert b"out/sample_002" in other.stdout.readline()
+        with pytest.raises(ValueError, match="another process works in out/sample_002"):
+            sample.main(argv)
+        other.kill()
+    sample.main(argv)
+
+
+def test_a_run_goes_on_with_its_own_files_only(tmp_path, restless_weights, small_weights):
+    """They may have moved since; others are refused."""
+    for name, file in {"mine": restless_weights, "other": small_weights}.items():
+        shutil.copy(file, tmp_path / name)
+    run(tmp_path / "run", str(tmp_path / "mine"), "--frames", "2")
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    resume = ["--resume", "--out", str(tmp_path / "run"), "--weights"]
+    sample.main([*resume, str(tmp_path / "moved")])
+    with pytest.raises(ValueError, match="other is not the file that .*run was started with"):
+        sample.main([*resume, str(tmp_path / "other")])
 
 
 def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restless_weights, monkeypatch):

@@ -1,7 +1,9 @@
 """pytest tests/test_train.py: a run resumes exactly, trains what it says, starts where the image model is."""
 
+import os
 import random
 import shutil
+import signal
 from functools import partial
 
 import pytest
@@ -78,6 +80,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, train_argv, own_cli
     assert_same_run(tmp_path / "whole" / "interp", tmp_path / "other" / "interp")
 
 
+def test_ctrl_c_saves_the_step_at_work(tmp_path, train_argv, monkeypatch, little_weights):
+    """Also before the first --save_every. The run then goes on as if nothing had been, with moved weights."""
+    rate = train.get_learning_rate
+
+    def press(step, args):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(step, args)
+
+    train.main(train_argv(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "get_learning_rate", press)
+        train.main(train_argv(tmp_path / "cut"))
+    assert torch.load(tmp_path / "cut" / "interp" / "ckpt.pt", weights_only=True)["step"] == 2
+    shutil.copy(little_weights, tmp_path / "moved.safetensors")
+    train.main(train_argv(tmp_path / "cut", weights=tmp_path / "moved.safetensors", resume="auto"))
+    assert_same_run(tmp_path / "whole" / "interp", tmp_path / "cut" / "interp")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, train_argv, monkeypatch, number):
+    """Neither weights nor averages see it."""
+    loss = train.denoising_loss
+
+    def broken(model, batch, seed, *rest, **more):
+        descend, error = loss(model, batch, seed, *rest, **more)
+        return descend * (number if seed == 2 and not more else 1), error
+
+    monkeypatch.setattr(train, "denoising_loss", broken)
+    with pytest.raises(ValueError, match="at step 2 of stage interp: try"):
+        train.main(train_argv(tmp_path, save_every=1))
+    found = torch.load(tmp_path / "interp" / "ckpt.pt", weights_only=True)
+    assert found["step"] == 2
+    assert all(tensor.isfinite().all() for part in ("model", "ema") for tensor in found[part].values())
+
+
 def test_a_run_does_not_change_its_clips(tmp_path, train_argv, own_clips, capsys):
     """Another --drop list, caption or picture: resuming is refused, with a sentence."""
     folder, drop = tmp_path / "own", tmp_path / "drop.txt"
@@ -138,7 +176,7 @@ def test_every_stage_runs_and_the_last_leaves_a_model_that_loads(
     assert model.about.get("prompt") == ("world 0" if own else None)      # sample.py's when none is given
     assert len(model.tokenizer.pieces("world" if own else "balloon")) == 1
     for stage in file:
-        found = {str(path.relative_to(tmp_path / stage)) for path in (tmp_path / stage).rglob("*.*")}
+        found = {str(path.relative_to(tmp_path / stage)) for path in (tmp_path / stage).rglob("[!.]*.*")}
         assert found == {"args.json", "ckpt.pt", "log.csv", "loss.png", "weights.safetensors",
                          "samples/before.safetensors", "samples/000000.png", "samples/final.png"}
 
@@ -288,3 +326,12 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, tr
     with pytest.raises(ValueError, match=words):
         train.main(train_argv(one_step, **flags))
     assert (one_step / "interp" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [lambda file: file[:-100], lambda file: b"", lambda file: (
+    file[:len(file) // 2] + bytes([file[len(file) // 2] ^ 1]) + file[len(file) // 2 + 1:])],
+    ids=["short", "empty", "a flipped bit"])
+def test_a_damaged_checkpoint_is_named(one_step, tmp_path, train_argv, damage):
+    (tmp_path / "ckpt.pt").write_bytes(damage((one_step / "interp" / "ckpt.pt").read_bytes()))
+    with pytest.raises(ValueError, match="ckpt.pt is damaged"):
+        train.main(train_argv(one_step, max_steps=1, out=tmp_path, resume="auto"))
