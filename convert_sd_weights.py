@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from model import (PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, plain_errors,
-                   save_weights)
+from model import PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, plain_errors, save_weights
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 # files hold more than weights: noise schedule, positions, training state, parts of CLIP that SD never uses
@@ -174,11 +173,11 @@ def convert(path, model, vae=None, ema=False):
 
     # Averages have the names of the weights without dots. In emaonly files they already are the weights.
     average_of = {"model_ema." + name.removeprefix("model.").replace(".", ""): name for name in tensors}
-    averages = average_of.keys() & tensors.keys()
+    averages = {name: tensors.pop(average) for average, name in average_of.items() if average in tensors}
     if ema and not averages:
         raise ValueError(f"{path} has no averaged weights (model_ema.*) beside its weights: leave --ema out")
-    tensors = {average_of[name] if name in averages else name: tensor for name, tensor in tensors.items()
-               if not (name.startswith(UNET) if ema else name in averages)}
+    if ema:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNET)} | averages
     found = [f"{path}: SD1.x", "diffusers folder" if os.path.isdir(path) else "single file",
              "averages taken" if ema else "averages not used" if averages else "no averages",
              f"VAE of {vae}" if vae else "with VAE"]

@@ -2,7 +2,7 @@
 
     python data.py --prepare VIDEOS --out DIR     turn a folder of videos into a folder of clips
     python data.py --check DIR                    show what is in it, and what the video stages find there
-    python data.py --drop_hardest 0.1 --scores A.csv --out drop.txt    list clips that cannot be learned
+    python data.py --drop_hardest 0.1 --scores A.csv --out drop.csv    list clips that cannot be learned
     python data.py --preview sheet.png            draw six sky worlds
 
 A batch is a dict: x0 (b, 4, f, h, w), latents, or pictures (b, 3, 1, H, W) for the VAE; frames (b, f), their
@@ -13,6 +13,7 @@ batch is a pure function of (seed, step), so a resumed run sees what an uninterr
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -81,13 +82,12 @@ class Clips:
         first = torch.tensor([[window.depth == 0] for window, _, _ in rows])   # nothing is made before these
         x0 = [self.read(clip, row + start) for row, (_, clip, start) in zip(frames, rows)]
         # the new frames have the prompt with which the video began, or the one that took over last
-        turns = [[turn for turn in self.changes(clip) - start if turn <= window.new[0]]
-                 for window, clip, start in rows]
-        captions = [self.caption(clip, start + max([0, *turn]))
-                    for turn, (_, clip, start) in zip(turns, rows)]
+        turns = [max([turn for turn in self.changes(clip) - start if turn <= window.new[0]],
+                     default=-math.inf) for window, clip, start in rows]
+        captions = [self.caption(clip, start + max(0, turn)) for turn, (_, clip, start) in zip(turns, rows)]
         return {"x0": torch.stack(x0), "frames": frames, "given": given,
                 "user": given & ((frames == 0) | first), "captions": captions,
-                "prompt_start": torch.tensor([float(max(turn, default=-math.inf)) for turn in turns])}
+                "prompt_start": torch.tensor(turns, dtype=torch.float32)}
 
 
 def made_from(path):
@@ -114,8 +114,8 @@ def sky_clips(path, encode, seeds, frames, size, key):
     # in videos the light of every second world is restless, so that captions change and the video follows
     worlds = [SkyWorld(seed, size, restless=frames.step == 1 and seed % 2 == 1) for seed in seeds]
     if made_from(path) != note:
-        keep_latents(path, torch.cat([encode(world.video(np.array(frames))[None]).half() for world in tqdm(
-            worlds, desc="drawing worlds", unit="world")]), note)
+        videos = (world.video(frames)[None] for world in tqdm(worlds, "drawing worlds", unit="world"))
+        keep_latents(path, torch.cat([encode(video).half() for video in videos]), note)
     x0 = load_file(path)["x0"]    # (worlds, c, f, h, w)
     return Clips([f"world {seed}" for seed in seeds], np.full(len(seeds), len(frames)),
                  lambda i, places: x0[i][:, places].float(),
@@ -127,7 +127,7 @@ def sky_clips(path, encode, seeds, frames, size, key):
 #
 #   DIR/clips/SOURCE/000/00001.png      the first clip of a video, GIF or folder of pictures
 #   DIR/clips/SOURCE/000.txt, 000.json  its caption, yours to edit, and where it comes from
-#   DIR/dropped.csv                     clips to leave out, and why; dropped_REASON.png shows them
+#   DIR/dropped.csv                     clips to leave out, and why; dropped.png shows them
 #   DIR/cache/KEY/SOURCE/000.safetensors    its latents; KEY: of a VAE
 FORMATS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif"   # ffmpeg's names of these:
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .gif".split())
@@ -144,7 +144,7 @@ def files_in(folder, endings):
 
 def read_csv(path, *columns):
     """The rows of a csv file as dicts. ValueError if it lacks one of the columns."""
-    rows = csv.DictReader(read_text(path).splitlines(keepends=True), skipinitialspace=True)
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
     if not set(columns) <= set(rows.fieldnames or ()):
         raise ValueError(f"{path} has the columns {rows.fieldnames}: expected {', '.join(columns)}")
     return list(rows)
@@ -190,7 +190,8 @@ def prepare_source(name, caption, unfinished, args):
     cuts = {place(int(pts) / 1e6) for pts in found("cuts.txt", r"pts:(\d+)")}
     starts = {place(seconds) for seconds in found("freezes.txt", r"freeze_start=(\S+)")}
     stops = {place(seconds) for seconds in found("freezes.txt", r"freeze_end=(\S+)")}
-    black = max((cut for cut in cuts if cut <= args.fps / 5), default=0)    # many files open on black
+    early = [cut for cut in cuts if cut <= min(args.fps / 5, len(frames) - 1)]    # many files open on black
+    black = max(early, default=0)
     borders = sorted(i for i in {black, len(frames)} | cuts | starts | stops if black <= i <= len(frames))
     for i, (start, stop) in enumerate(zip(borders, borders[1:])):
         clip = folder / f"{i:03d}"
@@ -207,9 +208,7 @@ def prepare_source(name, caption, unfinished, args):
 
 
 def prepare(args):
-    """Turn a folder of videos into a folder of clips. If it was interrupted, just run it again.
-
-    A caption is NAME.txt beside NAME.mp4, or its text in metadata.csv, or the name of its folder in words."""
+    """Turn a folder of videos into a folder of clips. If it was interrupted, just run it again."""
     if not shutil.which("ffmpeg"):
         raise ValueError("the program ffmpeg was not found: install version 4.4 or newer")
     root, out, sources, texts, captions = args.prepare, args.out, set(), {}, {}
@@ -275,41 +274,40 @@ def moments(folder, name, n, size):
 
 def show_clips(folder, file, rows):
     """A contact sheet of up to 48 rows (clip, label, "" or another clip to show beside it)."""
-    Path(folder, file).unlink(missing_ok=True)
+    path, shown = Path(folder, file), rows[:48]
+    path.unlink(missing_ok=True)
     pictures = [np.concatenate([moments(folder, other, 4, 96), moments(folder, name, 4, 96)]) if other else
-                moments(folder, name, 8, 96) for name, _, other in rows[:48]]
-    if rows:
-        with complete(Path(folder, file)) as path:
-            contact_sheet(pictures, labels=[[" ".join(row)] for row in rows[:48]]).save(path)
+                moments(folder, name, 8, 96) for name, _, other in shown]
+    if shown:
+        with complete(path) as unfinished:
+            contact_sheet(pictures, labels=[[" ".join(row)] for row in shown]).save(unfinished)
 
 
 def drop_clips(folder, refused):
-    """List clips to leave out in dropped.csv, and show them in a contact sheet per reason. A duplicate has
-    the edges of another source's clip, at 5 moments: edges survive new sizes and colours."""
-    clips = read_clips(folder, kept=False)
-    names, rows = list(clips), []
-    seen = np.zeros((len(names), 2400), np.float32)    # the edges of the clips that stay
-    for i, (name, clip) in enumerate(clips.items()):
+    """List clips to leave out in dropped.csv, and show them in dropped.png. A duplicate has the edges of
+    another source's clip, at 5 moments: edges survive new sizes and colours."""
+    clips, rows = read_clips(folder, kept=False), []
+    stay = {}    # {name: edges} of the clips that stay
+    for name, clip in clips.items():
         gray = moments(folder, name, 5, 16).mean(axis=3)
         edges = np.concatenate([np.diff(gray, axis=axis).reshape(5, 240) for axis in (1, 2)], axis=1)
         edges /= np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-3) * 5 ** 0.5
-        twins = [names[j] for j in np.flatnonzero(seen[:i] @ edges.ravel() > ALIKE)
-                 if clips[names[j]]["source"] != clip["source"]]
+        twins = [other for other in stay
+                 if clips[other]["source"] != clip["source"] and np.vdot(stay[other], edges) > ALIKE]
         if clip["frozen"] or clip["frames"] < 5:    # two given, three between
             rows.append((name, "frozen" if clip["frozen"] else "short", ""))
         elif twins:
             rows.append((name, "duplicate", twins[0]))
         else:
-            seen[i] = edges.ravel()
-    for reason in ("frozen", "short", "duplicate"):
-        shown = [row for row in rows if row[1] == reason]
-        show_clips(folder, f"dropped_{reason}.png", shown)
-        print(f"{len(shown)} {reason}", end=", ")
-    print(f"{len(refused)} sources refused; {len(clips) - len(rows)} clips in {folder}")
+            stay[name] = edges
+    show_clips(folder, "dropped.png", rows)
+    reasons = [reason for _, reason, _ in rows]
+    counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in ("frozen", "short", "duplicate"))
+    print(f"{counts}, {len(refused)} sources refused; {len(clips) - len(rows)} clips in {folder}")
     for name, why in refused.items():
         print(f"refused: {name}: {why}")
-    rows = [("clip", "reason", "detail"), *((name, "corrupt", why) for name, why in refused.items()), *rows]
-    write_csv(Path(folder, "dropped.csv"), rows)
+    corrupt = [(name, "corrupt", why) for name, why in refused.items()]
+    write_csv(Path(folder, "dropped.csv"), [("clip", "reason", "detail"), *corrupt, *rows])
 
 
 # --- a prepared folder: checked, encoded, drawn from --------------------------------------------------------
@@ -321,11 +319,11 @@ def check(folder):
     print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {longest} in the longest clip\n"
           f"stage    needs  windows  clips  places    in plans for {min(121, longest)} frames")
     for stage in STAGES:
-        shapes = window_shapes(stage, min(121, longest)) if longest >= shortest_clip(stage) else []
+        needs = shortest_clip(stage)
+        shapes = window_shapes(stage, min(121, longest)) if longest >= needs else []
         spans = [reach(window) for _, windows in shapes for window in windows]
         places = [sum(max(0, frames - span) for span in spans) for frames in lengths]    # in each clip
-        fits, needs = sum(map(bool, places)), shortest_clip(stage)
-        print(f"{stage:8s} {needs:5d} {len(spans):8d} {fits:6d} {sum(places):7d}")
+        print(f"{stage:8s} {needs:5d} {len(spans):8d} {sum(map(bool, places)):6d} {sum(places):7d}")
     print("clips that hold every window of a video of",
           ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)))
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
@@ -353,7 +351,7 @@ def cache(folder, model, device):
         pictures, path = pictures_of(folder, name), Path(folder, "cache", key, f"{name}.safetensors")
         note = content(folder, name)
         if made_from(path) != note:
-            parts = [from_pixels(map(Image.open, pictures[i:i + 16])) for i in range(0, len(pictures), 16)]
+            parts = (from_pixels(map(Image.open, pictures[i:i + 16])) for i in range(0, len(pictures), 16))
             latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
             keep_latents(path, latents[0], note)
     model.vae.to(home)
@@ -366,7 +364,7 @@ def folder_clips(folder, model, stage, split=None, drop=None):
     the last tenth of long clips: what else is in the folder does not count. drop: a list by --drop_hardest of
     clips not to train on. ValueError if no clip is long enough, or they have not the model's size."""
     clips, needed, parts = read_clips(folder), shortest_clip(stage), {}    # {name: range of frames}
-    left_out = set(read_text(drop).split("\n")) - {""} if drop else set()
+    left_out = {row["clip"] for row in read_csv(drop, "clip")} if drop else set()
     if gone := left_out - clips.keys():
         raise ValueError(f"{drop} names clips that are gone, such as {min(gone)}: make the list again")
     for name, clip in clips.items():
@@ -401,14 +399,14 @@ def folder_clips(folder, model, stage, split=None, drop=None):
                  lambda i, place: clips[names[i]]["caption"], key=checksum({}, str(found)))
 
 
-def scoring_batches(clips, shapes, count=4):
-    """Yield (name, batches) of clips of 19 frames or more: the same windows at the same relative places."""
+def scoring_batches(clips, shapes):
+    """Yield (name, 4 batches) of clips of 19 frames or more: the same windows at the same relative places."""
     order = lambda window: (reach(window), window.frames, window.new)
     windows = {order(window): window for _, windows in shapes for window in windows}
     scored = np.flatnonzero(clips.lengths >= max(min(windows)[0] + 1, min(19, clips.lengths.max())))
     fitting = [windows[key] for key in sorted(windows) if key[0] < clips.lengths[scored].min()]
     # short and long ones, and a place for each, from the start of a clip to its end
-    chosen = [(fitting[k * len(fitting) // count], (k + 0.5) / count) for k in range(count)]
+    chosen = [(fitting[k * len(fitting) // 4], (k + 0.5) / 4) for k in range(4)]
     for i in scored:
         start = lambda window, place: int(place * (clips.lengths[i] - reach(window))) - window.frames[0]
         yield clips.names[i], [clips.batch([(window, i, start(window, place))]) for window, place in chosen]
@@ -431,7 +429,7 @@ def drop_hardest(share, scores, held_out, path):
         for rank, (_, clip) in enumerate(clips):
             ranks.setdefault(clip, []).append(rank / max(1, len(clips) - 1))
     names = sorted(ranks, key=lambda clip: (-np.mean(ranks[clip]), clip))[:round(share * len(ranks))]
-    write_whole(path, "".join(f"{name}\n" for name in names))
+    write_csv(path, [("clip",), *((name,) for name in names)])
     print(f"wrote {path}: {len(names)} of {len(ranks)} clips, for train.py --drop {path}")
 
 
@@ -636,7 +634,6 @@ class SkyWorld:
         self.columns = rng.random() + (np.arange(n) + rng.uniform(-0.15, 0.15, n)) / 3  # x, never too close
         self.heights = rng.uniform(0.14, 0.52, n)                                       # y at frame 0 and
         self.sinking = rng.uniform(-0.06, 0.06, n) / 64                                 # its speed
-        self.cells = (np.arange(size) + 0.5) / size * 256 - 0.5    # pixels on the textures
         rng, frame, told = np.random.default_rng([20230712, seed]), 0, time_of_day(self.start)
         self.rushes, self.skipped = np.array([], int), np.array([])    # first frames; parts of a day
         while restless and frame < 2 * DAY:
@@ -645,18 +642,6 @@ class SkyWorld:
             told = rng.choice([name for name in TIMES if name not in (told, time_of_day(now))])
             self.rushes = np.append(self.rushes, frame)
             self.skipped = np.append(self.skipped, sideways(rng.uniform(*TIMES[told]), now))   # shorter way
-
-    @property
-    def scenery(self):
-        """Clouds (2, H, 256): texture, light from above. Heights of the far and the near ridge (2, W)."""
-        rng = np.random.default_rng([20230710, self.seed])
-        clouds = fractal(rng, (256, 256), cutoff=(10, 7), falloff=1.5)    # flat clouds: wider than high
-        clouds -= np.percentile(clouds, CLOUDS[self.cover])               # below 0: clear sky
-        clouds = np.stack([clouds, clouds - np.roll(clouds, 7, axis=0)])
-        rng = np.random.default_rng([20230711, self.seed])
-        far, near = (interpolate(fractal(rng, (256,), (cut,), 1.2), self.cells, axis=0) for cut in (7, 4))
-        return (np.float32(interpolate(clouds, self.cells, axis=1)),
-                np.float32([0.70 + 0.045 * far, 0.85 + 0.045 * near]))
 
     def hour(self, frames, rush=RUSH):
         """Time of day in [0, 1) at absolute frame indices; rush: frames that a rush takes, 1 for a jump."""
@@ -671,7 +656,6 @@ class SkyWorld:
 
     def balloons(self, frames):
         """Centres of the balloons at frames (f,): (n, f, 2) as (x, y). They ride the wind, rise and sink."""
-        frames = np.asarray(frames, dtype=np.float64)
         x, y, speed = (values[:, None] for values in (self.columns, self.heights, self.sinking))
         low, span = 0.12, 0.55 - 0.12                       # a triangle wave: reflected at both bounds
         height = low + span - np.abs((y + speed * frames - low) % (2 * span) - span)
@@ -687,6 +671,7 @@ class SkyWorld:
         frames = np.asarray(frames)
         x = np.float32(np.arange(self.size) + 0.5) / self.size      # pixel centres, (W,)
         y = x[:, None]                                              # and (H, 1)
+        cells = (np.arange(self.size) + 0.5) / self.size * 256 - 0.5    # pixels on the textures
         rgb = lambda *colour: np.float32(colour).reshape(3, 1, 1, 1)
         distance_to = lambda centre: np.sqrt(sideways(x, centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2)
         inside = lambda distance: np.clip(distance * self.size / 1.5 + 0.5, 0, 1)        # edges are soft
@@ -704,14 +689,21 @@ class SkyWorld:
             halo = glow * np.exp(-(distance / 0.16) ** 2)
             paint(colour, np.maximum(halo, inside(radius - distance)))
 
-        clouds, (far, near) = self.scenery
-        columns = self.cells - self.wind * 256 * frames[:, None]                         # (f, W)
+        rng = np.random.default_rng([20230710, self.seed])
+        clouds = fractal(rng, (256, 256), cutoff=(10, 7), falloff=1.5)                   # wider than high
+        clouds -= np.percentile(clouds, CLOUDS[self.cover])                              # below 0: clear sky
+        clouds = np.stack([clouds, clouds - np.roll(clouds, 7, axis=0)])                 # light from above
+        clouds = np.float32(interpolate(clouds, cells, axis=1))                          # (2, H, 256)
+        columns = cells - self.wind * 256 * frames[:, None]                              # (f, W)
         moved = interpolate(clouds, columns.ravel(), axis=2).reshape(2, self.size, *columns.shape)
         texture, lit = moved.transpose(0, 2, 1, 3)                                       # (f, H, W) each
         alpha = np.clip(texture / 0.9, 0, 1) * np.clip((0.72 - y) / 0.2, 0, 1)
         colour = light * (0.86 + 0.14 * np.clip(lit, -1, 1)) + 0.12 * (horizon - light)
         paint(colour, 0.88 * alpha * (2 - alpha))
 
+        rng = np.random.default_rng([20230711, self.seed])
+        ridges = [interpolate(fractal(rng, (256,), (cutoff,), 1.2), cells, axis=0) for cutoff in (7, 4)]
+        far, near = np.float32([0.70 + 0.045 * ridges[0], 0.85 + 0.045 * ridges[1]])     # heights, (W,)
         paint(0.52 * horizon + light * rgb(0.10, 0.14, 0.18), inside(y - far))
         grass = light * rgb(0.20, 0.30, 0.22) * (1 + 0.9 * np.clip((y - near) / 0.2, 0, 1))
         paint(grass, inside(y - near))
@@ -747,7 +739,7 @@ def main(argv=None):
     flag("--seed", type=number(int, 0), default=0, help="the first of the six worlds, from 0 on")
     flag("--size", type=number(int, 16, 4096), default=64, help="of a frame; 64 for tiny, 512 for sd15")
     flag("--fps", type=number(float, 0.001, 1000), default=5.0, help="frames to keep; 5 for timelapses")
-    flag("--cut", type=number(float, 0, 100), default=6.0, help="score of a cut; lower it if some are missed")
+    flag("--cut", type=number(float, 0, 100), default=5.0, help="score of a cut; lower it if some are missed")
     flag("--scores", nargs="+", default=[], help="losses by train.py --score, a file per stage")
     flag("--held_out", nargs="+", default=[], help="the same by models that were trained on other data")
     args = p.parse_args(argv)
@@ -757,9 +749,9 @@ def main(argv=None):
         raise ValueError(f"--size must be a multiple of 8, found {args.size}")
     if args.prepare:
         prepare(args)
-    elif args.check:
+    elif args.check is not None:
         check(args.check)
-    elif args.preview:
+    elif args.preview is not None:
         worlds = [SkyWorld(args.seed + i, args.size) for i in range(6)]
         rows = [to_pixels(world.video(np.arange(0, 121, 15))) for world in worlds]
         captions = [[world.caption()] for world in worlds]

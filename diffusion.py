@@ -20,20 +20,6 @@ T = 1000
 TINY = 1e-20   # prevents 0/0 at ᾱ = 1 and ᾱ = 0, far below the smallest ᾱ that is not 0, about 2e-7
 
 
-def make_alpha_bar(beta_start, beta_end, zero_terminal_snr):
-    """ᾱ_t = ∏ (1 − β_s) over s <= t, √β linear in t: the curve SD1.x calls "linear" (DDPM eq. 4). -> (T,)
-
-    zero_terminal_snr: shift and scale √ᾱ to end at 0 (2305.08891 algorithm 1). Else even the noisiest frames
-    of training show the mean of a picture (ᾱ = 0.0047), and sampling never makes a very dark one."""
-    # on the CPU, even where the networks are built without numbers, on the meta device
-    betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64, device="cpu") ** 2
-    alpha_bar = torch.cumprod(1 - betas, dim=0)   # a thousand products in float32 would lose the last digit
-    if zero_terminal_snr:
-        root = alpha_bar.sqrt()
-        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return alpha_bar.float()
-
-
 def at(alpha_bar, t, x):
     """ᾱ_t, 1 where t < 0, shaped to multiply x: (b, 1, 1, ...) for t (b,), (b, 1, f, 1, 1) for t (b, f).
 
@@ -49,12 +35,22 @@ def at(alpha_bar, t, x):
 
 
 class NoiseSchedule:
-    """ᾱ_t for t = 0..T-1, and what the network's output means: "eps" or "v". The defaults are SD1.x."""
+    """ᾱ_t for t = 0..T-1, and what the network's output means: "eps" or "v". The defaults are SD1.x.
+
+    ᾱ_t = ∏ (1 − β_s) over s <= t, √β linear in t: the curve SD1.x calls "linear" (DDPM eq. 4).
+    zero_terminal_snr: shift and scale √ᾱ to end at 0 (2305.08891 algorithm 1). Else even the noisiest frames
+    of training show the mean of a picture (ᾱ = 0.0047), and sampling never makes a very dark one."""
     def __init__(self, prediction="eps", zero_terminal_snr=False, beta_start=0.00085, beta_end=0.012):
         if prediction not in ("eps", "v"):
             raise ValueError(f'prediction is {prediction!r}: expected "eps" (as SD1.x was trained) or "v"')
         self.prediction, self.zero_terminal_snr = prediction, zero_terminal_snr
-        self.alpha_bar = make_alpha_bar(beta_start, beta_end, zero_terminal_snr)   # (T,) float32
+        # on the CPU, even where the networks are built without numbers, on the meta device
+        betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64, device="cpu") ** 2
+        alpha_bar = torch.cumprod(1 - betas, dim=0)   # in float32, a thousand products lose the last digit
+        if zero_terminal_snr:
+            root = alpha_bar.sqrt()
+            alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        self.alpha_bar = alpha_bar.float()            # (T,)
 
     def levels(self, steps):
         """The noise levels that sampling walks down: those of `ddim_timesteps`, and the last one."""

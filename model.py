@@ -22,7 +22,7 @@ from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ from diffusion import NoiseSchedule, precondition
 
 TINY_WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
 TEXT_TOKENS = 77         # length of every prompt, start and end tokens and padding included
-SETTLED = 64             # frames after which a prompt is no news: the video has had time to follow it
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,14 @@ def zero(module):
 def attention(q, k, v, bias=None):
     """softmax(q kᵀ/√d + bias) v for q, k, v (rows, heads, tokens, d) and bias (rows, heads, q, k) or None."""
     # temporal attention has a row per pixel; a CUDA launch takes at most 65,535 rows x heads
-    rows = max(1, 65_535 // q.shape[1])
-    biases = [None] * -(-len(q) // rows) if bias is None else bias.split(rows)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-                      for *qkv, mask in zip(q.split(rows), k.split(rows), v.split(rows), biases)])
+    rows = 65_535 // q.shape[1]
+    chunks = zip(*(x.split(rows) for x in (q, k, v, bias) if x is not None))
+    return torch.cat([F.scaled_dot_product_attention(*chunk) for chunk in chunks])
 
 
-def sinusoids(values, dim, max_period=10_000):
+def sinusoids(values, dim):
     """Sinusoidal embedding of numbers of any shape: (..., dim). Cosines first, then sines, as in SD."""
-    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=values.device) / (dim // 2))
+    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=values.device) / (dim // 2))
     angles = values.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -159,8 +157,7 @@ class TemporalAttention(nn.Module):
         h, clips = x.shape[-2], window.clips
         tokens = rearrange(x, "(b f) c h w -> b f (h w) c", b=window.b)
         tokens = self.norm(tokens) + self.emb(window.emb)[:, :, None]
-        tokens = clips.fetch(tokens, clips.seen_places)          # half as much to send as keys and values
-        qkv = self.to_qkv(tokens)
+        qkv = self.to_qkv(clips.fetch(tokens, clips.seen_places))    # half as much to send as keys and values
         q, k, v = rearrange(qkv, "b f n (k heads d) -> k (b n) heads f d", k=3, heads=self.heads)
         q = q[:, :, clips.in_seen]
         bias = self.bias(distance_embedding(window.distance).to(x.dtype))             # (b, f, f, heads)
@@ -173,12 +170,6 @@ class TemporalAttention(nn.Module):
 
 class Block(nn.Sequential):
     """One numbered entry of SD's input_blocks or output_blocks: SD's layers, and our temporal attention."""
-    def __init__(self, *layers):
-        number = count()
-        names = ["temporal" if isinstance(layer, TemporalAttention) else str(next(number))   # as SD does
-                 for layer in layers]
-        super().__init__(OrderedDict(zip(names, layers)))
-
     def forward(self, x, emb, context, window=None, skip=None):
         if skip is not None:
             x = torch.cat([x, skip], dim=1)          # in here, so that checkpointing does not keep it twice
@@ -204,13 +195,17 @@ class UNet(nn.Module):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
         self.checkpoint_every = 0     # recompute every K-th block in the backward pass; 0: none
+        self.factor = 2 ** (len(widths) - 1)      # latents are halved this often, and must come out even
         self.time_embed = nn.Sequential(nn.Linear(widths[0], emb), nn.SiLU(), nn.Linear(emb, emb))
 
-        def block(c_in, c_out, attend, *more):
-            layers = [ResBlock(c_in, c_out, emb)]
+        def block(c_in, c_out, attend, up=None):
+            layers = Block(ResBlock(c_in, c_out, emb))
             if attend:
                 layers.append(SpatialTransformer(c_out, c.heads, c.text_width))
-            return Block(*layers, TemporalAttention(c_out, c.heads, c.temporal_emb_dim), *more)
+            layers.temporal = TemporalAttention(c_out, c.heads, c.temporal_emb_dim)
+            if up is not None:
+                layers.add_module(str(len(layers) - 1), up)     # SD's number: it does not count ours
+            return layers
 
         self.input_blocks = nn.ModuleList([Block(conv3x3(c.in_channels, widths[0]))])
         ch, skips = widths[0], [widths[0]]
@@ -224,14 +219,14 @@ class UNet(nn.Module):
                 skips.append(ch)
 
         self.middle_block = Block(
-            ResBlock(ch, ch, emb), SpatialTransformer(ch, c.heads, c.text_width), ResBlock(ch, ch, emb),
-            TemporalAttention(ch, c.heads, c.temporal_emb_dim))
+            ResBlock(ch, ch, emb), SpatialTransformer(ch, c.heads, c.text_width), ResBlock(ch, ch, emb))
+        self.middle_block.temporal = TemporalAttention(ch, c.heads, c.temporal_emb_dim)
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(c.res_blocks + 1):
-                up = [upsample(width)] if level > 0 and i == c.res_blocks else []
-                self.output_blocks.append(block(ch + skips.pop(), width, level in c.attention_levels, *up))
+                up = upsample(width) if level > 0 and i == c.res_blocks else None
+                self.output_blocks.append(block(ch + skips.pop(), width, level in c.attention_levels, up))
                 ch = width
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), conv3x3(ch, 4))
 
@@ -253,8 +248,12 @@ class UNet(nn.Module):
         prompt_start  (b,) the frame at which this prompt took over from another, default -inf: none did
         with_prior  return the prior too, in the same shape (None for one frame): it has a loss of its own
         clips    a `ClipParallel`, if processes share a window; x, t, frames and given are this process's"""
+        b, _, f, h, w = x.shape
+        if t.shape != (b, f) or h % self.factor or w % self.factor:
+            raise ValueError(f"the UNet got x of {tuple(x.shape)} and t of {tuple(t.shape)}: h and w must be "
+                             f"multiples of {self.factor}, and t one level per frame, {(b, f)}")
         window = None
-        if temporal and (clips.total if clips else x.shape[2]) > 1:
+        if temporal and (clips.total if clips else f) > 1:
             window = look_around(self.temporal_embed, x, t, context, frames, given, prompt_start, clips)
         output, prior = self.second_half(x, t, context, window, *self.first_half(x, t, context, window))
         return (output, prior) if with_prior else output
@@ -283,8 +282,7 @@ class UNet(nn.Module):
         gate, frame_log_std = self.temporal_gate(window.emb.flatten(0, 1))[..., None, None].chunk(2, dim=1)
         gate = gate.tanh()                # saturates near 1: a gate that wavers makes the video flicker
         mean, std = video(gate * prior), video((log_std + frame_log_std).clamp(-6, 1).exp())
-        output = precondition(self.schedule, output, x[:, :4], t, mean, std)
-        return output, video(prior)
+        return precondition(self.schedule, output, x[:, :4], t, mean, std), video(prior)
 
     def run(self, i, block, *inputs):
         """Run a block; if it is every K-th, the backward pass recomputes it instead of keeping it."""
@@ -330,12 +328,12 @@ class FrameEmbedding(nn.Module):
         at = lambda values, index: values.gather(1, index.clamp(min=0))   # -1 reads frame 0: `known` tells
         first_new = at(frames, (~given).int().argmax(1, keepdim=True))                    # (b, 1)
         # "night" beside bright frames: a new prompt, or one that has held since the night before?
-        held = (frames - prompt_start[:, None]).clamp(-SETTLED, SETTLED)
+        held = (frames - prompt_start[:, None]).clamp(-64, 64)     # by then the video has had time to follow
         places = [frames - at(frames, before), at(frames, after) - frames, frames - first_new, held]
-        parts = [sinusoids(t, 64), *(distance_embedding(place) for place in places)]
-        parts += [sinusoids(at(t, index), 32) for index in (before, after)]
+        parts = [sinusoids(t, 64), *map(distance_embedding, places)]
+        parts += [sinusoids(at(t, before), 32), sinusoids(at(t, after), 32), known]
         text = self.text(self.token(context).flatten(1))                                  # (b, e)
-        features = torch.cat([*parts, known], dim=-1).to(text.dtype)
+        features = torch.cat(parts, dim=-1).to(text.dtype)
         return F.silu(self.mlp(features) + text[:, None])
 
 
@@ -462,9 +460,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q = rearrange(self.to_q(x), "(b f) n (heads d) -> b heads (f n) d", b=len(context), heads=self.heads)
-        k, v = (rearrange(to(context), "b n (heads d) -> b heads n d", heads=self.heads)
-                for to in (self.to_k, self.to_v))
+        q, k, v = (rearrange(tokens, "(b f) n (heads d) -> b heads (f n) d", b=len(context), heads=self.heads)
+                   for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
         out = rearrange(attention(q, k, v), "b heads (f n) d -> (b f) n (heads d)", n=x.shape[1])
         return self.to_out(out)
 
@@ -563,19 +560,19 @@ class ClipParallel:
     def __init__(self, lens, rank=0, radius=math.inf, n_global=0):
         self.rank, self.total = rank, sum(lens)
         self.clips = [range(end - n, end) for n, end in zip(lens, accumulate(lens))]
+        self.clip = self.clips[rank]
         everywhere = [round(i * (self.total - 1) / max(1, n_global - 1)) for i in range(n_global)]
         # what each process fetches, as lists of places in the window
         near = lambda radius: [range(max(0, clip.start - radius), min(self.total, clip.stop + radius))
                                for clip in self.clips]
         self.all_places, self.halo_places = near(self.total), near(1)
         self.seen_places = [sorted({*places, *everywhere}) for places in near(min(radius, self.total))]
-        first, n = self.clips[rank].start, lens[rank]
-        own = lambda places: slice(places[rank].index(first), places[rank].index(first) + n)
+        own = lambda places: slice(places[rank].index(self.clip[0]), places[rank].index(self.clip[-1]) + 1)
         self.here, self.in_halo = own(self.all_places), own(self.halo_places)
         self.in_seen = own(self.seen_places)
         self.mask = None     # added to the logits of temporal attention
         if radius < self.total - 1:
-            queries, keys = torch.tensor(self.clips[rank])[:, None], torch.tensor(self.seen_places[rank])
+            queries, keys = torch.tensor(self.clip)[:, None], torch.tensor(self.seen_places[rank])
             in_scope = ((queries - keys).abs() <= radius) | torch.isin(keys, torch.tensor(everywhere))
             self.mask = torch.where(in_scope, 0.0, -math.inf)                             # (f, seen)
 
@@ -584,8 +581,7 @@ class ClipParallel:
         if len(self.clips) == 1:
             return x
         # every process knows what all want, and must call this when they do; gloo sends from the CPU
-        clip = self.clips[self.rank]
-        wanted = [[place - clip.start for place in theirs if place in clip] for theirs in places]
+        wanted = [[place - self.clip.start for place in theirs if place in self.clip] for theirs in places]
         sent = x.transpose(0, 1)[sum(wanted, [])].contiguous().cpu()
         counts = [sum(place in clip for place in places[self.rank]) for clip in self.clips]
         received = torch.empty(sum(counts), *sent.shape[1:], dtype=x.dtype)
@@ -627,7 +623,6 @@ class VAE(nn.Module):
         self.config = config
         widths, groups, n = config.vae_widths, config.vae_groups, config.vae_res_blocks
         first, last, top, pixels = widths[0], widths[-1], len(widths) - 1, 3 * config.vae_patch ** 2
-        norm = lambda width: nn.GroupNorm(groups, width, eps=1e-6)
         block = lambda c_in, c_out: VAEResBlock(c_in, c_out, groups)
         blocks = lambda *widths: nn.Sequential(*map(block, widths, widths[1:]))  # from each width to the next
         middle = lambda: named(block_1=block(last, last), attn_1=VAEAttention(last, groups),
@@ -640,10 +635,10 @@ class VAE(nn.Module):
                              upsample=upsample(widths[i]) if i > 0 else nn.Identity())
         self.encoder = named(
             conv_in=conv3x3(pixels, first), down=nn.Sequential(*map(down, range(top + 1))), mid=middle(),
-            norm_out=norm(last), silu=nn.SiLU(), conv_out=conv3x3(last, 8))
+            norm_out=nn.GroupNorm(groups, last, eps=1e-6), silu=nn.SiLU(), conv_out=conv3x3(last, 8))
         self.decoder = named(                                          # level 0, the largest, runs last
             conv_in=conv3x3(4, last), mid=middle(), up=named(**{str(i): up(i) for i in range(top, -1, -1)}),
-            norm_out=norm(first), silu=nn.SiLU(), conv_out=conv3x3(first, pixels))
+            norm_out=nn.GroupNorm(groups, first, eps=1e-6), silu=nn.SiLU(), conv_out=conv3x3(first, pixels))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
 
     def moments(self, images):
@@ -750,11 +745,8 @@ class Tokenizer:
         """The symbols of one word, after joining its best-ranked neighbours again and again."""
         parts = [self.symbols[byte] for byte in word.encode()]
         parts[-1] += "</w>"
-        while len(parts) > 1:
-            ranks = [self.ranks.get(pair, math.inf) for pair in pairwise(parts)]
-            i = ranks.index(min(ranks))
-            if ranks[i] == math.inf:
-                break
+        while known := [pair for pair in pairwise(parts) if pair in self.ranks]:
+            i = list(pairwise(parts)).index(min(known, key=self.ranks.get))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return parts
 

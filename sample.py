@@ -59,11 +59,13 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
     t_given = torch.zeros_like(frames) if t_given is None else t_given
 
     def noise(kind, step=0):
-        # drawn frame by frame, by its number alone, so batches, plans and devices make no difference
         draw = lambda seed, frame: frame_noise(seed, frame, latents[0, :, 0].shape, kind, step)
         return torch.stack([torch.stack([draw(seed, frame) for frame in row], dim=1)
                             for seed, row in zip(seeds, frames.tolist())]).to(latents.device)
 
+    # classifier-free guidance: the network is asked with the prompt and, beside it, with the negative prompt
+    rows = lambda v: v if scale == 1 else torch.cat([v, v])
+    context = text[0] if scale == 1 else torch.cat(text)
     # Given frames stay at their own low noise level. The network is told the level of every frame.
     kept, noised = latents, ~new & (t_given > 0)
     if noised.any():
@@ -71,13 +73,8 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
     x = pick(new, noise("start"), kept)
     for step, (level, next_level) in enumerate(zip(levels, levels[1:])):
         t, t_prev = torch.where(new, level, t_given), torch.where(new, next_level, t_given)
-        if scale == 1:
-            output = unet(x, t, text[0], frames, ~new, prompt_start, clips=clips).float()
-        else:   # classifier-free guidance: once with the prompt, once with the negative prompt
-            twice = lambda v: torch.cat([v, v])
-            output = unet(twice(x), twice(t), torch.cat(text), twice(frames), twice(~new),
-                          twice(prompt_start), clips=clips).float()
-            output = guide(*output.chunk(2), scale)
+        output = unet(rows(x), rows(t), context, rows(frames), rows(~new), rows(prompt_start), clips=clips)
+        output = output.float() if scale == 1 else guide(*output.float().chunk(2), scale)
         fresh = noise("fresh", step) if eta > 0 else None
         x = pick(new, ddim_step(schedule, x, t, t_prev, output, eta, fresh), kept)
     return pick(new, x, latents)
@@ -102,16 +99,15 @@ class Sampler:
             path, scale = lora_file(item)
             count, unknown = merge_lora(model, path, scale)
             print(f"{path}: {count} layers merged, times {scale:g}; no place for {unknown or 'none'}")
-        temporal = lambda: {key: p.clone() for key, p in model.unet.state_dict().items() if is_temporal(key)}
-        self.layers = {stage: temporal() for stage in STAGES} if args.temporal else {}   # of files by stage
+        temporal = lambda: {key: p for key, p in model.unet.state_dict().items() if is_temporal(key)}
+        self.layers = dict.fromkeys(STAGES, temporal())     # the temporal layers for the windows of a stage
         for path in args.temporal:
             _, _, about, tensors = read_weights(path)
             fill(model, tensors, path, only=is_temporal, dtype=self.dtype)
             self.layers |= {stage: temporal() for stage in STAGES if about["stage"] in (stage, "video")}
             print(f"temporal layers of {path} make the windows of stage {about['stage']}")
         trained = lambda state: any(p.any() for key, p in state.items() if key.endswith(".temporal.weight"))
-        untrained = [stage for stage in STAGES
-                     if not trained(self.layers.get(stage) or model.unet.state_dict())]
+        untrained = [stage for stage, state in self.layers.items() if not trained(state)]
         if args.frames > 1 and untrained:
             print(f"temporal layers of stage {', '.join(untrained)} are untrained: give others as --temporal")
         self.schedule.levels(args.steps)   # says so if there cannot be so many
@@ -151,13 +147,11 @@ class Sampler:
     def run(self, plan, store, text, seed, user=(0,), borders=(0,)):
         """Run this process's share of a plan. The `user` frames are in the store; what is made there is kept.
         text: a row per segment of the video; segments begin at the frames `borders`."""
-        # What goes through the UNet together depends neither on what is done already nor on the number of
-        # processes. So every run multiplies the same matrices and rounds alike.
+        # Batches depend neither on what is done nor on the number of processes: same matrices, same rounding.
         kind = lambda window: (window.depth, window.stage, len(window.frames))
-        batches, loaded = [], None
+        batches, size, loaded = [], self.args.batch_size, None
         for _, group in groupby(sorted(plan, key=kind), kind):
             group = list(group)
-            size = 1 if group[0].joint else self.args.batch_size
             batches += [group[i:i + size] for i in range(0, len(group), size)]
         work = [sum(len(window.frames) for window in batch) for batch in batches]
         places = assign(batches, work, self.world)
@@ -167,9 +161,9 @@ class Sampler:
                 continue
             while not all(store.made(window.given) for window in batch):
                 time.sleep(0.002)   # another process is making them
-            if self.layers and batch[0].stage != loaded:
-                loaded = batch[0].stage
-                self.model.unet.load_state_dict(self.layers[loaded], strict=False)
+            if self.layers[batch[0].stage] is not loaded:
+                loaded = self.layers[batch[0].stage]
+                self.model.unet.load_state_dict(loaded, strict=False, assign=True)   # no copy into old ones
             self.make(batch, store, text, seed, user, borders)
 
     def make(self, batch, store, text, seed, user=(), borders=(0,)):
@@ -178,8 +172,7 @@ class Sampler:
         first, tensor = batch[0], lambda rows: torch.tensor(rows, device=self.device)
         segments = [bisect_right(borders, window.new[0]) - 1 for window in batch]
         prompt_start = tensor([borders[segment] if segment else -math.inf for segment in segments])
-        # Without given frames early mistakes stay. Fresh noise at every step lets later steps mend them
-        # (2206.00364, section 4).
+        # Without given frames, fresh noise lets later steps mend early mistakes (2206.00364, section 4).
         steps, eta = (self.args.steps, 0.0) if first.given else (max(self.args.steps, FIRST_FRAME_STEPS), 1.0)
         rank, world = (self.rank, self.world) if first.joint else (0, 1)
         clips = ClipParallel(share(len(first.frames), world), rank, *self.scope)   # of 1: the whole window
@@ -205,9 +198,9 @@ def frame_plan(args):
     last = max([*keyframes, *segments], default=0)
     if last >= args.frames:
         raise ValueError(f"--keyframes and --prompts name frame {last}: the last one is {args.frames - 1}")
-    pictured = bool(args.image) or args.world is not None
-    if 0 in keyframes and pictured:
-        raise ValueError("--keyframes and --image or --world both give frame 0: drop one")
+    pictured = bool(args.image) + (args.world is not None)
+    if pictured + (0 in keyframes) > 1:
+        raise ValueError("--image, --world and --keyframes 0:FILE each give frame 0: keep one")
     # a loop has one frame more, a copy of frame 0 that the last windows are given and nobody is shown
     given = sorted({*keyframes, *[0] * (pictured or not keyframes), *[args.frames] * args.loop})
     if args.loop and given[0] != 0:
@@ -217,11 +210,12 @@ def frame_plan(args):
     return plan, given, borders
 
 
-def choose_device(name=None):
-    """The torch device to run on, and why. ValueError if --device names one that does not work."""
+def choose_device(name=None, work=True):
+    """The torch device to run on, and why. ValueError if it is to work, and does not."""
     if name:
         try:
-            return torch.zeros(0, device=name).device, "as --device says"
+            torch.zeros(0, device=name if work else "meta")
+            return torch.device(name), "as --device says"
         except (RuntimeError, AssertionError) as error:      # AssertionError: torch was built without it
             raise ValueError(f"--device {name} does not work: {str(error).splitlines()[0]}") from None
     if torch.cuda.is_available():    # mps lacks FlowPrior's grid_sample before torch 2.13: only if asked for
@@ -366,14 +360,15 @@ def parse(argv):
     add("--decode_chunk", type=whole(1), help="frames to decode together (default: 16 for tiny, 1 for sd15)")
     add("--mixed_precision", choices=(*DTYPES, "auto"), default="auto", help="auto: fp16 on a GPU (default)")
     add("--device", help="(default: cuda, else cpu)")
-    add = p.add_argument_group("where, and what else").add_argument
+    group = p.add_argument_group("where, and what else")
+    add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--out", help="folder of the run (default: the next free out/sample_NNN)")
-    add("--resume", action="store_true", help="finish the run in --out with its own flags")
-    add("--extend", type=whole(1, 100_000), metavar="N", help="make a finished video N frames longer")
+    add_either("--resume", action="store_true", help="finish the run in --out with its own flags")
+    add_either("--extend", type=whole(1, 100_000), metavar="N", help="make a finished video N frames longer")
     add("--plan", action="store_true", help="print the plan, its costs and its memory, and stop")
     p.set_defaults(known=0, sums=[])   # frames that were finished before --extend; checksums of files
     args = p.parse_args(argv)
-    if args.resume or args.extend is not None:
+    if args.resume or args.extend:
         args = continued(p, argv, args)
     return args
 
@@ -381,8 +376,6 @@ def parse(argv):
 def continued(parser, argv, args):
     """The arguments of the run in --out, for --resume and --extend. ValueError if argv has others."""
     extend, path = args.extend, os.path.join(args.out or "", "args.json")
-    if extend and args.resume:
-        raise ValueError("--extend and --resume both go on with a run: give one of them")
     if not args.out or not os.path.exists(path):
         raise ValueError(f"{args.out} holds no run to go on with: give the folder of a run as --out")
     old = data.read_json(path)

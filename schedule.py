@@ -23,7 +23,7 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 STAGES = ("starter", "extrap", "interp")
 WIDTH = 7     # the most frames of a hierarchical window
@@ -116,8 +116,9 @@ FIRST_FRAME = Window((0,), (0,), "starter", 0)   # a picture from its prompt alo
 
 def user_frames(n_frames, given) -> list[int]:
     """The user's frames, sorted. ValueError if the video is empty or a given frame is not in it."""
-    if n_frames < 1 or not given or min(given) < 0 or max(given) >= n_frames:
-        raise ValueError(f"a video of {n_frames} frames has no frames {tuple(given)}: give some, from 0 on")
+    if not 1 <= n_frames <= 10 ** 6 or not given or min(given) < 0 or max(given) >= n_frames:
+        raise ValueError(f"a video of {n_frames} frames has no frames {tuple(given)}: give frames from 0 on, "
+                         "of a video of 1 to 1,000,000")
     return sorted(set(given))
 
 
@@ -188,8 +189,7 @@ def verify(plan, n_frames, given=(0,)) -> None:
             raise ValueError(f"window {i} must make new frames from existing ones, found {window.given} -> "
                              f"{window.new}: {again} exist already, {early} do not exist yet")
         exists.update(window.new)
-    missing = sorted(set(range(n_frames)) - exists)
-    if missing:
+    if missing := sorted(set(range(n_frames)) - exists):
         raise ValueError(f"{len(missing)} of {n_frames} frames are missing, like {missing[0]}: add windows")
 
 
@@ -219,9 +219,8 @@ def show(plan, n_frames) -> str:
     lines = [" " * 13 + "".join(f"{frame:<10}" for frame in columns[::10]).rstrip()]
     for window in sorted(plan, key=lambda window: window.depth):
         cells = ["."] * len(columns)
-        for mark, frames in (("c", window.given), ("#", window.new)):
-            for frame in frames:
-                cells[frame // scale] = mark
+        for frame in (*window.given, *window.new):   # new ones last: a column with any of them shows it
+            cells[frame // scale] = "#" if frame in window.new else "c"
         lines.append(f"{window.depth:>4} {window.stage:<7} {''.join(cells)}")
     if scale > 1:
         lines.append(f"one column is {scale} frames, # if any of them is new")
@@ -238,8 +237,7 @@ def reach(window) -> int:
 
 
 def shortest_clip(stage) -> int:
-    """The fewest frames in which any window of a stage fits."""
-    # 19: autoregressive, frames 0 to 18
+    """The fewest frames in which any window of a stage fits; extrap is frames 0 to 18 of autoregressive."""
     return {"vae": 1, "image": 1, "starter": 2, "extrap": 19, "interp": 3, "video": 2}[stage]
 
 
@@ -254,16 +252,15 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     needed = shortest_clip(stage)
     if n_frames < needed:
         raise ValueError(f"no {stage} window fits in {n_frames} frames: train on clips of {needed} or more")
-    shorter = [n for n in ((n_frames + 1) // 2, (n_frames + 3) // 4) if n > 1]
-    hierarchy = lambda lengths: ([window for n in lengths for window in hierarchical(n)]
-                                 + [window for n in lengths for window in hierarchical(n, (0, n - 1))])
-    sources = [(hierarchy([n_frames]), {"starter": 6, "extrap": 4, "coarse": 6, "fine": 2}),
-               (autoregressive(n_frames), {"starter": 2, "extrap": 2, "coarse": 2, "fine": 2}),
-               (hierarchy(shorter), {"starter": 1, "extrap": 3, "coarse": 1, "fine": 1})]
+    half, quarter = (n_frames + 1) // 2, (n_frames + 3) // 4
+    plans = lambda *lengths: [*map(hierarchical, lengths), *[hierarchical(n, (0, n - 1)) for n in lengths]]
+    sources = [(plans(n_frames), {"starter": 6, "extrap": 4, "coarse": 6, "fine": 2}),
+               ([autoregressive(n_frames)], {"starter": 2, "extrap": 2, "coarse": 2, "fine": 2}),
+               (plans(half, quarter), {"starter": 1, "extrap": 3, "coarse": 1, "fine": 1})]
     shapes = []
-    for plan, shares in sources:
+    for source, shares in sources:
         seen, kinds = set(), {kind: [] for kind in shares}
-        for window in plan:
+        for window in chain.from_iterable(source):
             shape = tuple((frame - window.frames[0], frame in window.new) for frame in window.frames)
             if stage in (window.stage, "video") and window.frames[-1] < n_frames and shape not in seen:
                 seen.add(shape)

@@ -74,7 +74,7 @@ def parse(argv):
     flag("--aug_max", type=whole(0, 999), default=250, help="highest noise augmentation; default %(default)s")
     flag = p.add_argument_group("how to train").add_argument
     flag("--max_steps", type=whole(1), help="optimizer steps of the whole run; default by stage")
-    flag("--batch_size", type=whole(1), help="default by stage; if memory is short: half, twice the next flag")
+    flag("--batch_size", type=whole(1), help="default by stage; halve it if memory is short")
     flag("--gradient_accumulation_steps", type=whole(1), default=1, metavar="N", help="default 1")
     flag("--learning_rate", type=real(1e-9, 1), help="after a warm-up; a cosine follows; default by stage")
     flag("--mixed_precision", choices=("no", "fp16", "bf16", "auto"), help="default no; for sd15 auto")
@@ -90,17 +90,15 @@ def parse(argv):
     flag = p.add_argument_group("speed and reports").add_argument
     flag("--pipeline", action="store_true", help="pairs of processes share a UNet, half the activations each")
     flag("--profile", action="store_true", help="say where the time of steps 4 to 6 goes; writes trace.json")
-    flag("--save_every", type=whole(1), metavar="N", help="validate, draw and save so often; default by length")
+    flag("--save_every", type=whole(1), metavar="N", help="validate, draw, save so often; default by length")
     flag("--dry_run", action="store_true", help="print what would be trained and its memory, and stop")
-    args = p.parse_args(argv, argparse.Namespace(clips="", start=""))   # later: checksums, see FIXED
+    args = p.parse_args(argv)
     sd15 = args.preset == "sd15"
     names = ("max_steps", "batch_size", "learning_rate", "worlds", "frames")
-    defaults = dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage]))
-    defaults |= {"gradient_checkpointing": int(sd15), "mixed_precision": "auto" if sd15 else "no",
-                 "out": os.path.join("out", args.stage), "weights": TINY_WEIGHTS}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    p.set_defaults(**dict(zip(names, SD15_DEFAULTS if sd15 else DEFAULTS[args.stage])), weights=TINY_WEIGHTS,
+                   gradient_checkpointing=int(sd15), mixed_precision="auto" if sd15 else "no",
+                   out=os.path.join("out", args.stage))
+    args = p.parse_args(argv, argparse.Namespace(clips="", start=""))   # later: checksums, see FIXED
     args.save_every = args.save_every or min(max(20, args.max_steps // 4), 250)
     for name in ("export", "score", "lora_rank", "pipeline", "dry_run"):
         if getattr(args, name) and args.stage not in VIDEO_STAGES:
@@ -181,14 +179,14 @@ def get_learning_rate(step, args):
 def main(argv=None):
     """Parse, prepare, loop."""
     args = parse(argv)
-    device, why = choose_device(args.device)
+    device, why = choose_device(args.device, work=not args.dry_run)
     if args.mixed_precision == "auto":                        # emulated bf16 is slower than fp16
         emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
         args.mixed_precision = "fp16" if emulated or device.type == "mps" else "bf16"
     if args.dry_run:
         return dry_run(args, device, why)
     rank, world = processes("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
-    part = batch_part(args, rank, world)
+    part, parts = batch_part(args, rank, world)
     lock = data.claim(args.out) if rank == 0 and not args.score else None
     model = prepare_model(args)
     args.start = checksum(model.state())
@@ -211,15 +209,15 @@ def main(argv=None):
     scaler.scale(torch.zeros((), device=next(iter(masters.values())).device))   # makes the factor live there
     stage_loss = vae_loss if args.stage == "vae" else denoising_loss
     state = masters, ema, optimizer, scaler
-    step, log = load_checkpoint(state, args, rank, world)
+    start, log = load_checkpoint(state, args, rank, world) if args.resume else (0, [])
     copy_into(trainable, masters)
-    progress = tqdm(total=args.max_steps, initial=step, desc=args.stage, unit="step", disable=rank > 0)
+    progress = tqdm(total=args.max_steps, initial=start, desc=args.stage, unit="step", disable=rank > 0)
     profiler = start_profile(args) if args.profile and rank == 0 else None
     interrupted = []                        # Ctrl-C waits until the step at work is done
     if world == 1:
         signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 
-    while True:
+    for step in range(start, args.max_steps + 1):
         # once in a while: validate and draw with the averaged weights, save everything
         row = {"step": step}
         if rank == 0 and (step % args.save_every == 0 or step == args.max_steps):
@@ -227,13 +225,11 @@ def main(argv=None):
                 row |= validation_loss(model, val_batches, args, device)
                 sample_sheet(model, val_batches[0], step, args, device)
             progress.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            write_log([*log, row], args)
-            save_checkpoint(state, step, log, args)
+        if rank == 0 and ("val_loss" in row or interrupted):
+            save_checkpoint(state, step, [*log, row], args)
         if step == args.max_steps:
             break
         if interrupted:
-            write_log(log, args)
-            save_checkpoint(state, step, log, args)
             raise KeyboardInterrupt
 
         # determine and set the learning rate
@@ -253,20 +249,20 @@ def main(argv=None):
                 descend, error = stage_loss(model, batch, seed, args, part)
             scaler.scale(descend / args.gradient_accumulation_steps).backward()
             loss += error.item() / args.gradient_accumulation_steps
-        loss = share_gradients(masters.values(), loss, args, world)
+        if world > 1:
+            loss = share_gradients(masters.values(), loss, parts)
 
         # clip, update, average
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), MAX_GRAD_NORM).item()
         if not math.isfinite(loss if scaler.is_enabled() else loss + grad_norm):    # the scaler skips a step
-            raise ValueError(f"loss {loss} and gradient {grad_norm} at step {step} of stage {args.stage}: try "
+            raise ValueError(f"loss {loss}, gradient {grad_norm} at step {step} of stage {args.stage}: try "
                              "--resume auto --mixed_precision no, or half the --learning_rate in a new --out")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         copy_into(trainable, masters)
         update_ema(ema, masters, step + 1)
-        step += 1
 
         # timing and logging
         memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
@@ -307,14 +303,14 @@ def prepare_model(args):
             model.about, tensors = read_weights(args.temporal)[2:]    # it tells of its image model, too
         if args.temporal or not args.score:
             fill(model, tensors, args.temporal, only=is_temporal)
-        if args.lora_rank:
-            add_lora(model.unet, args.lora_rank)
     return model
 
 
 def freeze_the_rest(model, args):
-    """The parameters that a stage trains, {name: parameter}. Freezes the others; stores them as flags say."""
+    """What a stage trains, {name: parameter}, LoRA if asked. Freezes the rest, stores it as flags say."""
     trainable = {}
+    if args.lora_rank:
+        add_lora(model.unet, args.lora_rank)
     for part, network in model.networks().items():
         for name, parameter in network.named_parameters():
             temporal = part == "unet" and (is_temporal(name) or ".lora." in name)   # what video stages train
@@ -461,12 +457,21 @@ FIXED = ("start", "stage", "preset", "max_steps", "batch_size", "gradient_accumu
          "backbone_8bit", "clips")
 
 
-def save_checkpoint(state, step, log, args):
-    """Everything that a run needs to go on exactly, with any number of processes."""
+def save_checkpoint(state, step, rows, args):
+    """Write ckpt.pt, all that a run needs to go on exactly, with any number of processes, and what it tells:
+    args.json, log.csv, and loss.png, the losses by step, that of training as a mean of 20 steps. rows: of
+    log.csv, one for each step made, and one more for a validation after them."""
+    data.write_json(os.path.join(args.out, "args.json"), vars(args))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    data.write_csv(f"{args.out}/log.csv", [columns, *([row.get(key) for key in columns] for row in rows)])
+    train, val = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
+    mean = [(train[i][0], sum(loss for _, loss in train[i - 19:i + 1]) / 20) for i in range(19, len(train))]
+    curves = {"validation": val} | ({"training": mean} if mean else {})
+    data.line_plot(os.path.join(args.out, "loss.png"), curves, "loss against step", log=True)
     parameters, ema, optimizer, scaler = state
     with complete(os.path.join(args.out, "ckpt.pt")) as unfinished:
-        torch.save({"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "log": log,
-                    "scaler": scaler.state_dict(), "step": step, "args": vars(args)}, unfinished)
+        torch.save({"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
+                    "scaler": scaler.state_dict(), "log": rows[:step], "args": vars(args)}, unfinished)
 
 
 def read_checkpoint(path):
@@ -475,19 +480,16 @@ def read_checkpoint(path):
         raise ValueError(f"no checkpoint at {path}: leave --resume out to start anew, or give the file")
     try:
         with zipfile.ZipFile(path) as parts:
-            damaged = parts.testzip()           # it has checksums, which torch.load does not look at
-        if not damaged:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            if damaged := parts.testzip():      # it has checksums, which torch.load does not look at
+                raise ValueError(damaged)
+        return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:                  # a damaged file can raise almost anything
-        damaged = error
-    raise ValueError(f"{path} is damaged ({damaged}): remove it and start anew") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it and start anew") from None
 
 
 def load_checkpoint(state, args, rank, world):
-    """Put a run back where it was saved. Returns its step and its log: 0 and [] without --resume."""
+    """Put a run back where --resume says it was saved. Returns its step and its log."""
     parameters, ema, optimizer, scaler = state
-    if not args.resume:
-        return 0, []
     path = os.path.join(args.out, "ckpt.pt") if args.resume == "auto" else args.resume
     found = [read_checkpoint(path) if rank == 0 else None]
     if world > 1:
@@ -498,9 +500,6 @@ def load_checkpoint(state, args, rank, world):
         if old != new:
             raise ValueError(f"{path} was made with {name} {old}, now it is {new}: give the old value, or "
                              "start anew in another --out")
-    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes(found["model"]) != shapes(parameters):
-        raise ValueError(f"{path} holds other layers than model.py now has: start anew in another --out")
     copy_into(parameters, found["model"])
     copy_into(ema, found["ema"])
     optimizer.load_state_dict(found["optimizer"])
@@ -508,17 +507,6 @@ def load_checkpoint(state, args, rank, world):
         scaler.load_state_dict(found["scaler"])
     print(f"resumed {path} at step {found['step']}")
     return found["step"], found["log"]
-
-
-def write_log(rows, args):
-    """args.json, log.csv, and loss.png: the losses by step, that of training as a mean of 20 steps."""
-    data.write_json(os.path.join(args.out, "args.json"), vars(args))
-    columns = dict.fromkeys(key for row in rows for key in row)
-    data.write_csv(f"{args.out}/log.csv", [columns, *([row.get(key) for key in columns] for row in rows)])
-    train, val = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
-    mean = [(train[i][0], sum(loss for _, loss in train[i - 19:i + 1]) / 20) for i in range(19, len(train))]
-    curves = {"validation": val} | ({"training": mean} if mean else {})
-    data.line_plot(os.path.join(args.out, "loss.png"), curves, "loss against step", log=True)
 
 
 def finish(model, next_batch, args, minutes, val):
@@ -595,8 +583,6 @@ def dry_run(args, device, why, mode=FakeTensorMode):
     f = max(len(window.frames) for _, windows in window_shapes(args.stage, args.frames) for window in windows)
     with mode():
         model = Model.build(config)
-        if args.lora_rank:
-            add_lora(model.unet, args.lora_rank)
         trainable = freeze_the_rest(model, args)
         if args.optimizer_on_cpu:
             make_masters(trainable, "meta")
@@ -622,21 +608,19 @@ def dry_run(args, device, why, mode=FakeTensorMode):
 
 # --- several processes, on one machine or several: rank 0 validates and writes ------------------------------
 def batch_part(args, rank, world):
-    """The examples of each batch that this process computes. ValueError if so many cannot share a batch."""
+    """The slice of each batch that this process computes, and the number of slices. ValueError if uneven."""
     if args.pipeline and world % 2:
         raise ValueError(f"--pipeline takes pairs of processes, found {world}: torchrun --nproc_per_node=2")
     place, parts = (rank // 2, world // 2) if args.pipeline else (rank, world)
     if args.batch_size % parts:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared by {parts}: give a multiple")
     size = args.batch_size // parts
-    return slice(place * size, (place + 1) * size)
+    return slice(place * size, (place + 1) * size), parts
 
 
-def share_gradients(parameters, loss, args, world):
+def share_gradients(parameters, loss, parts):
     """Data parallelism: all processes get the mean of their gradients and take the same step. -> mean loss"""
-    if world == 1:
-        return loss
-    parameters, parts = list(parameters), world // 2 if args.pipeline else world
+    parameters = list(parameters)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     together = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_tensor([loss])])
     dist.all_reduce(together)                                   # one long vector, one message

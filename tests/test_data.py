@@ -272,8 +272,8 @@ def test_planted_faults_are_found_and_nothing_else_is(tmp_path):
         "frozen.mp4/002": 34, "short.mp4/000": 4, "shuffled.mp4/000": 40}
     assert {name: reason for name, (reason, _) in dropped.items()} == {
         "b again.mp4/000": "duplicate", "frozen.mp4/001": "frozen", "short.mp4/000": "short"}
-    assert {path.name: Image.open(path).width for path in out.glob("*.png")} == {
-        f"dropped_{reason}.png": 8 * (96 + 4) for reason in ("duplicate", "frozen", "short")}
+    assert {path.name: Image.open(path).size for path in out.glob("*.png")} == {
+        "dropped.png": (8 * (96 + 4), 3 * (96 + 4))}
 
 
 # --- a prepared folder --------------------------------------------------------------------------------------
@@ -415,12 +415,12 @@ def test_the_hardest_clips_are_listed_by_their_ranks(tmp_path):
         return str(path)
 
     def hardest(share, *options):
-        data.main(["--drop_hardest", share, "--out", str(tmp_path / "drop.txt"), "--scores", *options])
-        return (tmp_path / "drop.txt").read_text()
+        data.main(["--drop_hardest", share, "--out", str(tmp_path / "drop.csv"), "--scores", *options])
+        return (tmp_path / "drop.csv").read_text()
 
     a, b = scores("starter", 900, 800, 1, 2), scores("interp", 0.1, 0.4, 0.3, 0.2)
-    assert hardest("0.5", a, b) == "x\nw\n"             # ranks 2+3, 3+0, 0+2, 1+1: w before y and z by name
-    assert hardest("0.9", a, "--held_out", scores("starter", 890, 100, 1, 2)) == "x\nw\nz\ny\n"  # w is rich
+    assert hardest("0.5", a, b) == "clip\nx\nw\n"             # ranks 2+3, 3+0, 0+2, 1+1: w before y and z by name
+    assert hardest("0.9", a, "--held_out", scores("starter", 890, 100, 1, 2)) == "clip\nx\nw\nz\ny\n"  # w is rich
     for other in (b, scores("starter", 1)):
         with pytest.raises(ValueError, match="has other clips or stages"):
             hardest("0.5", a, "--held_out", other)

@@ -117,6 +117,7 @@ def test_a_joint_run_by_three_processes_is_that_by_one(restless_weights, tmp_pat
 def test_more_processes_than_frames_and_several_machines_are_refused(tmp_path, restless_weights, monkeypatch):
     monkeypatch.setattr(sample, "processes", lambda: (0, 11))
     monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda shared: None)
     joint = ["--schedule", "joint", "--max_stride", "1"]
     with pytest.raises(ValueError, match="11 processes cannot share a window of 10 frames"):
         run(tmp_path, restless_weights, *joint, frames=10)

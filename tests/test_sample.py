@@ -238,7 +238,8 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
     (["--keyframes", "a.png"], "expected FRAME:VALUE"), (["--prompts", "50:night"], "name frame 50"),
     (["--keyframes", "0:a.png", "0:b.png"], "each frame once"),
     (["--keyframes", "40:a.png"], "name frame 40: the last one is 39"),
-    (["--keyframes", "0:a.png", "--world", "3"], "both give frame 0: drop one"),
+    (["--keyframes", "0:a.png", "--world", "3"], "each give frame 0: keep one"),
+    (["--image", "a.png", "--world", "3"], "each give frame 0: keep one"),
     (["--keyframes", "3:a.png", "--loop"], "first picture is at 3: add one"),
     (["--keyframes", "5:nothing.png"], "no picture can be read from nothing.png"),
     (["--schedule", "autoregressive", "--loop"], "choose hierarchical")])

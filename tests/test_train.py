@@ -55,11 +55,11 @@ def test_short_runs_validate_on_the_way_and_long_ones_not_too_often():
 
 @pytest.mark.parametrize("flags", [
     dict(max_steps=8, save_every=4, gradient_accumulation_steps=2, batch_size=1),
-    dict(max_steps=4, save_every=2, data="own", drop="drop.txt")], ids=["sky worlds", "own clips"])
+    dict(max_steps=4, save_every=2, data="own", drop="drop.csv")], ids=["sky worlds", "own clips"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, train_argv, own_clips, monkeypatch, flags):
     """Half a run, a step more, a crash, --resume: weights, average, optimizer and log, bit for bit."""
-    (tmp_path / "drop.txt").write_text("3.mp4/000\n")
-    paths = {"data": own_clips, "drop": tmp_path / "drop.txt"}
+    (tmp_path / "drop.csv").write_text("clip\n3.mp4/000\n")
+    paths = {"data": own_clips, "drop": tmp_path / "drop.csv"}
     flags = {key: paths.get(key, value) for key, value in flags.items()}
     train.main(train_argv(tmp_path / "whole", **flags))
     update = train.update_ema
@@ -118,9 +118,9 @@ def test_a_step_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, train_ar
 
 def test_a_run_does_not_change_its_clips(tmp_path, train_argv, own_clips, capsys):
     """Another --drop list, caption or picture: resuming is refused, with a sentence."""
-    folder, drop = tmp_path / "own", tmp_path / "drop.txt"
+    folder, drop = tmp_path / "own", tmp_path / "drop.csv"
     shutil.copytree(own_clips, folder)
-    drop.write_text("3.mp4/000\n")
+    drop.write_text("clip\n3.mp4/000\n")
     argv = train_argv(tmp_path, data=folder, drop=drop, max_steps=1)
     train.main(argv)
     printed = capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_a_run_does_not_change_its_clips(tmp_path, train_argv, own_clips, capsys
     clip = folder / "clips" / "5.mp4"
     for listed, caption, picture in (("4.mp4/000\n", "world 5", 9), ("", "world 5", 9),
                                      ("3.mp4/000\n", "other words", 9), ("3.mp4/000\n", "world 5", 30)):
-        drop.write_text(listed)
+        drop.write_text("clip\n" + listed)
         (clip / "000.txt").write_text(caption)
         shutil.copy(own_clips / "clips" / "5.mp4" / "000" / f"{picture:05d}.png", clip / "000" / "00009.png")
         with pytest.raises(ValueError, match="was made with clips"):
@@ -293,8 +293,8 @@ def test_scores_are_the_same_every_time_and_find_what_was_shuffled(tmp_path, own
         train.main(["--stage", "interp", "--data", str(folder), "--score", file, "--device", "cpu"])
     a, b = (open(file).read() for file in files)
     assert a == b and a.count("\n") == 5
-    data.main(["--drop_hardest", "0.25", "--scores", files[0], "--out", str(tmp_path / "drop.txt")])
-    assert (tmp_path / "drop.txt").read_text() == "6.mp4/000\n"
+    data.main(["--drop_hardest", "0.25", "--scores", files[0], "--out", str(tmp_path / "drop.csv")])
+    assert (tmp_path / "drop.csv").read_text() == "clip\n6.mp4/000\n"
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def one_step(tmp_path_factory, train_argv):
 def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, train_argv, change, words):
     """Runs, checkpoints, weights, folders and flags that do not go together."""
     before = (one_step / "interp" / "ckpt.pt").read_bytes()
-    (one_step / "strange").write_text("not there\n")
+    (one_step / "strange").write_text("clip\nnot there\n")
     paths = {name: one_step / name for name in (
         "strange", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")} | {"own": own_clips}
     out = one_step / ("interp" if not change or "resume" in change else "new")
