@@ -264,6 +264,8 @@ def main(argv=None):
     p.add_argument("--out", metavar="FILE", default="out/sd15.safetensors", help="default %(default)s")
     p.add_argument("--ema", action="store_true", help="take the averaged weights, if there are both")
     args = p.parse_args(argv)
+    if os.path.exists(args.out):
+        raise ValueError(f"{args.out} exists: give another --out, or remove it")
     with torch.device("meta"):                              # the numbers come from the checkpoint
         model = Model.build(PRESETS["sd15"])
     found = convert(args.model, model, args.vae, args.ema)

@@ -142,9 +142,9 @@ def files_in(folder, endings):
                    and path.name[0] != "." and path.is_file()], key=number)
 
 
-def read_csv(path, *columns):
+def read_csv(path, *columns, **style):
     """The rows of a csv file as dicts. ValueError if it lacks one of the columns."""
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), **style)
     if not set(columns) <= set(rows.fieldnames or ()):
         raise ValueError(f"{path} has the columns {rows.fieldnames}: expected {', '.join(columns)}")
     return list(rows)
@@ -156,8 +156,8 @@ def prepare_source(name, caption, unfinished, args):
     files = files_in(path, PICTURES) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.exists())    # knows a source again
     if clips.exists():
-        old = read_json(clips / "000.json")["bytes"]
-        return None if old == size else f"changed: {old} bytes in {args.out}, now {size}; use another --out"
+        changed = any(read_json(path).get("bytes", size) != size for path in clips.glob("*.json"))
+        return f"not the file of this name that {args.out} has: give another --out" if changed else None
     work = folder / "work"
     (work / "pictures").mkdir(parents=True)
     source = ["-format_whitelist", FORMATS, "-i", f"file:{path.resolve()}"]    # no playlists of other files
@@ -179,11 +179,12 @@ def prepare_source(name, caption, unfinished, args):
                            "-vf", ",".join(filters), "-pix_fmt", "rgb24", "%07d.png"], cwd=work,
                           capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
     frames, said = sorted(work.glob("*.png")), done.stderr.decode(errors="replace").splitlines()
-    ours = [line for line in said if re.search("No space left|No such filter|Unrecognized option", line)]
-    if done.returncode < 0 or ours:    # then the source is not to blame, and is not refused
+    ours = [line for line in said if re.search(
+        "No space left|quota exceeded|Cannot allocate|No such filter|Unrecognized option", line)]
+    if done.returncode in (-2, -9, -15) or ours:    # the source is not to blame, and is not refused
         raise ValueError(f"ffmpeg stopped at {name}: {(ours or [f'signal {-done.returncode}'])[0]}; it takes "
                          "version 4.4 and room on the disk, then run this again")
-    if said or not frames:
+    if done.returncode or not frames:
         return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else "it has no frame"
     place = lambda seconds: int(float(seconds) * args.fps + 0.5)    # rounds as ffmpeg does
     found = lambda file, pattern: re.findall(pattern, (work / file).read_text())
@@ -212,15 +213,15 @@ def prepare(args):
     if not shutil.which("ffmpeg"):
         raise ValueError("the program ffmpeg was not found: install version 4.4 or newer")
     root, out, sources, texts, captions = args.prepare, args.out, set(), {}, {}
-    for folder, folders, _ in os.walk(root):
-        folders[:] = [name for name in folders
-                      if name[0] != "." and Path(folder, name).resolve() != out.resolve()]
-        sources.update(files_in(folder, VIDEOS))
-        if not files_in(folder, VIDEOS) and not folders and len(files_in(folder, PICTURES)) > 1:
+    for folder, folders, files in os.walk(root):
+        ours = {"settings.json", "args.json"}.intersection(files)    # prepared clips, or a sampled video
+        folders[:] = [name for name in folders if name[0] != "." and not ours]
+        sources.update(files_in(folder, VIDEOS) if not ours else [])
+        if not ours and not files_in(folder, VIDEOS) and len(files_in(folder, PICTURES)) > 1:
             sources.add(Path(folder))
     if (root / "metadata.csv").exists():
-        rows = read_csv(root / "metadata.csv", "path", "text")
-        texts = {root / row["path"]: row["text"] or "" for row in rows}
+        rows = read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True)
+        texts = {root / row["path"]: row["text"] or "" for row in rows if row["path"]}
     for path in sorted(sources | texts.keys()):    # a file that does not exist is refused below, by name
         name = path.relative_to(root)
         beside = Path(f"{path}.txt") if path.is_dir() else path.with_suffix(".txt")
@@ -236,13 +237,14 @@ def prepare(args):
         raise ValueError(f"{out} was prepared with {read_json(path)}, not {settings}: give another --out")
     (out / "dropped.csv").unlink(missing_ok=True)    # without it the folder counts as unfinished
     write_json(path, settings)
+    for folder in out.glob(".unfinished_*"):
+        shutil.rmtree(folder, ignore_errors=True)
     # a folder of this run's own: the ffmpeg of a run that was killed may still be writing to the old one
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished_", dir=out))
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished_", dir=out))
     with ThreadPoolExecutor(os.cpu_count()) as pool:    # threads will do: ffmpeg does the work
         work = pool.map(lambda name: prepare_source(name, captions[name], unfinished, args), captions)
         refused = {name: why for name, why in zip(captions, tqdm(work, "preparing", len(captions))) if why}
-    for folder in out.glob("unfinished_*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(unfinished)
     drop_clips(out, refused)
 
 
@@ -254,9 +256,10 @@ def read_clips(folder, kept=True):
     dropped = {row["clip"] for row in read_csv(listed, "clip")} if kept else ()
     for path in sorted(root.rglob("[0-9]*.json")):
         name = path.relative_to(root).with_suffix("").as_posix()
-        if name not in dropped:
-            caption = read_text(path.with_suffix(".txt"))
-            clips[name] = read_json(path) | {"caption": " ".join(caption.split())}
+        frames = len(pictures_of(folder, name))      # the user may have deleted some, or all
+        if frames and name not in dropped:
+            caption = " ".join(read_text(path.with_suffix(".txt")).split())
+            clips[name] = read_json(path) | {"caption": caption, "frames": frames}
     return clips
 
 
@@ -351,10 +354,17 @@ def cache(folder, model, device):
         pictures, path = pictures_of(folder, name), Path(folder, "cache", key, f"{name}.safetensors")
         note = content(folder, name)
         if made_from(path) != note:
+            check_size(folder, pictures[0], model)
             parts = (from_pixels(map(Image.open, pictures[i:i + 16])) for i in range(0, len(pictures), 16))
             latents = torch.cat([model.vae.encode(part[None].to(device)).cpu() for part in parts], dim=2)
             keep_latents(path, latents[0], note)
     model.vae.to(home)
+
+
+def check_size(folder, picture, model):
+    """Raise ValueError unless a picture of a prepared folder has the size of the model."""
+    if Image.open(picture).width != model.config.size:
+        raise ValueError(f"{folder} has not the size of the model: prepare with --size {model.config.size}")
 
 
 def folder_clips(folder, model, stage, split=None, drop=None):
@@ -382,8 +392,7 @@ def folder_clips(folder, model, stage, split=None, drop=None):
                          f"see data.py --check {folder}")
     names, key = list(parts), latents_key(model)
     pictures = [pictures_of(folder, name) for name in names]
-    if Image.open(pictures[0][0]).width != model.config.size:
-        raise ValueError(f"{folder} has not the size of the model: prepare with --size {model.config.size}")
+    check_size(folder, pictures[0][0], model)
     files = [Path(folder, "cache", key, f"{name}.safetensors") for name in names]
 
     def read(i, places):
@@ -451,11 +460,11 @@ def read_square(path, size):
         if not os.path.isfile(path):
             raise OSError("no such file")
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"))
-        if image.mode.startswith("I;16"):      # Pillow would cut 16 bits off, not scale them
+        if image.mode.startswith("I"):         # 16 bits, which Pillow would cut off, not scale
             image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
         image = ImageOps.exif_transpose(image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:    # a broken PNG, say
+    except Exception as error:                 # a damaged file can raise almost anything
         raise ValueError(f"no picture can be read from {path} ({error}): give a PNG or JPG file") from None
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
@@ -511,7 +520,7 @@ def write_csv(path, rows):
 
 def write_json(path, value):
     """Write JSON in the same way."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_text(path):
@@ -532,7 +541,7 @@ def read_json(path):
     try:
         return dict(json.loads(read_text(path)))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not a JSON object ({error}): remove it") from None
+        raise ValueError(f"{path} is damaged or not a JSON object: {error}") from None
 
 
 def claim(folder, prefix=None):
@@ -540,7 +549,7 @@ def claim(folder, prefix=None):
 
     Returns (folder, lock). ValueError if another process holds it."""
     n = 1
-    while not folder:
+    while prefix and not folder:
         try:
             os.makedirs(f"{prefix}{n:03d}")
             folder = f"{prefix}{n:03d}"
@@ -550,13 +559,17 @@ def claim(folder, prefix=None):
     lock = open(os.path.join(folder, ".lock"), "w")
     try:
         if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # a killed process, or its ffmpeg, holds none
-    except (BlockingIOError, PermissionError):                  # one or the other, by system
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system takes it from a killed process
+    except (BlockingIOError, PermissionError):                  # systems differ in which
         raise ValueError(f"another process works in {folder}: wait for it, or give another --out") from None
+    except OSError:      # a file system without locks
+        pass
+    for stale in Path(folder).glob("*.[0-9]*.tmp.*"):       # of runs that were killed while they wrote
+        stale.unlink(missing_ok=True)
     return folder, lock
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10 ** 9):
     """A type for argparse: an int or a float from low to high."""
     def convert(text):
         if not low <= kind(text) <= high:      # nan fails every comparison

@@ -808,7 +808,7 @@ def plain_errors(script, advice):
         stream.reconfigure(errors="backslashreplace")      # not every terminal can show every file name
     try:
         yield
-    except (ValueError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, EOFError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{script}: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"{script}: stopped; {advice}") from None

@@ -86,7 +86,7 @@ class Sampler:
     def __init__(self, args, rank=0, world=1):
         """Load what the command line names, and fill in the defaults of the preset. Says what it found."""
         self.args, self.rank, self.world, self.scope = args, rank, world, args.scope or (math.inf, 0)
-        self.device, why = choose_device(args.device)
+        self.device, why = choose_device(args.device, work=not args.plan)
         auto = "no" if self.device.type == "cpu" else "fp16"
         self.dtype = DTYPES[auto if args.mixed_precision == "auto" else args.mixed_precision]
         self.model = model = load_weights(args.weights or TINY_WEIGHTS, dtype=self.dtype)
@@ -260,10 +260,10 @@ def sample(args):
     files = [args.weights or TINY_WEIGHTS, *args.temporal, *(lora_file(item)[0] for item in args.lora),
              *by_frame(args.keyframes, "keyframes").values(), *([args.image] if args.image else [])]
     sums = [zlib.crc32(np.memmap(path, np.uint8, "r")) for path in files]
-    for path, old, new in zip(files, args.sums or sums, sums):
-        if old != new:
-            raise ValueError(f"{path} is not the file that {args.out} was started with: give that one, or "
-                             "another --out")
+    wrong = [path for path, old, new in zip(files, args.sums or sums, sums) if old != new]
+    if wrong or len(args.sums or sums) != len(sums):
+        raise ValueError(f"{', '.join(wrong or files)}: not what {args.out} was started with, give the same "
+                         "files, or another --out")
     args.sums = sums
     print(f"folder: {args.out}\nprompt: {'; '.join(prompts)}")
     tokenizer = sampler.model.tokenizer
@@ -380,7 +380,7 @@ def continued(parser, argv, args):
         raise ValueError(f"{args.out} holds no run to go on with: give the folder of a run as --out")
     old = data.read_json(path)
     args = parser.parse_args(argv, argparse.Namespace(**old))   # what argv leaves out stays as it was
-    free = {"resume", "extend", "out", "device", "plan", "weights", "temporal", "image"}   # files: see sums
+    free = {"resume", "extend", "out", "device", "plan", "sums", "weights", "temporal", "image"}
     free |= {"prompts"} if extend else set()
     for name, value in vars(args).items():
         if name not in free and old.get(name) != value:
@@ -388,7 +388,8 @@ def continued(parser, argv, args):
                              f"{value}: give the same arguments, or another --out folder")
     args.resume, args.extend = True, None
     if extend:
-        written = all(os.path.exists(frame_path(args.out, frame)) for frame in range(args.frames))
+        written = all(os.path.exists(f"{args.out}/{name}") for n in range(1, args.frames + 1)
+                      for name in (f"frames/{n:05d}.png", f"latents/{n:05d}.safetensors"))
         if args.loop or not written:
             raise ValueError(f"--extend needs a finished video and no loop: --resume --out {args.out}")
         args.known, args.frames = args.frames, args.frames + extend
@@ -446,10 +447,11 @@ def write_video(args, marks):
                            loop=0, **more)
     try:
         with complete(os.path.join(args.out, "video.mp4")) as path:   # yuv420p, or browsers do not play it
-            subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-framerate", str(args.fps), "-i",
-                            os.path.join(args.out, "frames", "%05d.png"), "-vf",
+            film = f"file:{os.path.abspath(path)}"
+            subprocess.run(["ffmpeg", "-y", "-v", "error", "-framerate", str(args.fps), "-i", "%05d.png", "-vf",
                             "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-pix_fmt", "yuv420p",
-                            "-crf", "18", "-movflags", "+faststart", path], check=True)
+                            "-crf", "18", "-movflags", "+faststart", film], cwd=f"{args.out}/frames",
+                           stdin=subprocess.DEVNULL, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         print(f"no video.mp4: install ffmpeg with libx264, then --resume ({error})")
     picked = range(0, args.frames, -(-args.frames // 32))

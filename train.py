@@ -107,7 +107,8 @@ def parse(argv):
         raise ValueError("--preset sd15 trains video stages on your own clips: add --data DIR, see data.py")
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give the folder as --data")
-    if not (args.resume or args.score or args.dry_run) and os.path.exists(f"{args.out}/ckpt.pt"):
+    goes_on = args.resume in ("auto", f"{args.out}/ckpt.pt")
+    if not (goes_on or args.score or args.dry_run) and os.path.exists(f"{args.out}/ckpt.pt"):
         raise ValueError(f"{args.out} already holds a run: add --resume auto to go on, or give another --out")
     return args
 
@@ -213,23 +214,29 @@ def main(argv=None):
     copy_into(trainable, masters)
     progress = tqdm(total=args.max_steps, initial=start, desc=args.stage, unit="step", disable=rank > 0)
     profiler = start_profile(args) if args.profile and rank == 0 else None
-    interrupted = []                        # Ctrl-C waits until the step at work is done
-    if world == 1:
-        signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    interrupted = []
 
+    def interrupt(*_):
+        interrupted.append(True)
+        progress.write("finishing the step at work, to save it; Ctrl-C again stops at once")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if world == 1:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
     for step in range(start, args.max_steps + 1):
         # once in a while: validate and draw with the averaged weights, save everything
-        row = {"step": step}
+        row, stop = {"step": step}, bool(interrupted)
         if rank == 0 and (step % args.save_every == 0 or step == args.max_steps):
             with averaged(ema, trainable):
                 row |= validation_loss(model, val_batches, args, device)
                 sample_sheet(model, val_batches[0], step, args, device)
             progress.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        if rank == 0 and ("val_loss" in row or interrupted):
+        if rank == 0 and ("val_loss" in row or stop):
             save_checkpoint(state, step, [*log, row], args)
         if step == args.max_steps:
             break
-        if interrupted:
+        if stop:
             raise KeyboardInterrupt
 
         # determine and set the learning rate
@@ -256,8 +263,9 @@ def main(argv=None):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(masters.values(), MAX_GRAD_NORM).item()
         if not math.isfinite(loss if scaler.is_enabled() else loss + grad_norm):    # the scaler skips a step
-            raise ValueError(f"loss {loss}, gradient {grad_norm} at step {step} of stage {args.stage}: try "
-                             "--resume auto --mixed_precision no, or half the --learning_rate in a new --out")
+            raise ValueError(f"step {step} of stage {args.stage} is not finite, loss {loss}, gradient "
+                             f"{grad_norm}: half the --learning_rate in a new --out; after half precision, "
+                             "--resume auto --mixed_precision no")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -451,10 +459,10 @@ def sample_sheet(model, batch, step, args, device):
 
 
 # what decides the batches, the loss and the learning rate must not change in the middle of a run
-# start, clips: checksums of the model that it starts from and of the clips, wherever their files are
-FIXED = ("start", "stage", "preset", "max_steps", "batch_size", "gradient_accumulation_steps",
-         "learning_rate", "seed", "worlds", "frames", "aug_max", "lora_rank", "activations_8bit",
-         "backbone_8bit", "clips")
+FIXED = {name: name for name in (
+    "stage", "preset", "max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "seed",
+    "worlds", "frames", "aug_max", "lora_rank", "activations_8bit", "backbone_8bit")}
+FIXED |= {"clips": "clips with checksum", "start": "weights (or a model.py) with checksum"}
 
 
 def save_checkpoint(state, step, rows, args):
@@ -469,9 +477,9 @@ def save_checkpoint(state, step, rows, args):
     curves = {"validation": val} | ({"training": mean} if mean else {})
     data.line_plot(os.path.join(args.out, "loss.png"), curves, "loss against step", log=True)
     parameters, ema, optimizer, scaler = state
-    with complete(os.path.join(args.out, "ckpt.pt")) as unfinished:
+    with complete(os.path.join(args.out, "ckpt.pt")) as unfinished, open(unfinished, "wb") as file:
         torch.save({"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
-                    "scaler": scaler.state_dict(), "log": rows[:step], "args": vars(args)}, unfinished)
+                    "scaler": scaler.state_dict(), "log": rows[:step], "args": vars(args)}, file)
 
 
 def read_checkpoint(path):
@@ -482,9 +490,12 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as parts:
             if damaged := parts.testzip():      # it has checksums, which torch.load does not look at
                 raise ValueError(damaged)
-        return torch.load(path, weights_only=True, map_location="cpu")
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        return {key: found[key] for key in ("model", "ema", "optimizer", "scaler", "step", "log", "args")}
+    except (OSError, MemoryError):              # then the file may be as good as ever
+        raise
     except Exception as error:                  # a damaged file can raise almost anything
-        raise ValueError(f"{path} is damaged ({error}): remove it and start anew") from None
+        raise ValueError(f"{path} is damaged, or no checkpoint of ours ({error}): start anew") from None
 
 
 def load_checkpoint(state, args, rank, world):
@@ -495,10 +506,10 @@ def load_checkpoint(state, args, rank, world):
     if world > 1:
         dist.broadcast_object_list(found)       # only the machine of rank 0 has the file
     found = found[0]
-    for name in FIXED:
+    for name, words in FIXED.items():
         old, new = found["args"].get(name), vars(args).get(name)
         if old != new:
-            raise ValueError(f"{path} was made with {name} {old}, now it is {new}: give the old value, or "
+            raise ValueError(f"{path} was made with {words} {old}, now it is {new}: give the old one, or "
                              "start anew in another --out")
     copy_into(parameters, found["model"])
     copy_into(ema, found["ema"])

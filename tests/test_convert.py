@@ -283,11 +283,13 @@ def test_a_tokenizer_that_is_missing_or_not_clips_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", (float("nan"), 2.0 ** 17), ids=("NaN", "too large for float16"))
-def test_a_file_that_fails_the_self_check_leaves_the_old_one_alone(command, mini, value):
-    out = command(mini)
-    before = out.read_bytes()
+def test_a_file_that_fails_the_self_check_is_not_written_and_none_is_replaced(command, mini, value):
     with pytest.raises(ValueError, match=f"{BIAS} would not be finite in float16: give another"):
         command({**mini, BIAS: torch.full((4,), value)})
+    out = command(mini)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="exists: give another --out"):
+        command(mini)
     assert out.read_bytes() == before and [file.name for file in out.parent.iterdir()] == [out.name]
 
 

@@ -286,8 +286,11 @@ def test_a_run_goes_on_with_its_own_files_only(tmp_path, restless_weights, small
     (tmp_path / "mine").rename(tmp_path / "moved")
     resume = ["--resume", "--out", str(tmp_path / "run"), "--weights"]
     sample.main([*resume, str(tmp_path / "moved")])
-    with pytest.raises(ValueError, match="other is not the file that .*run was started with"):
+    with pytest.raises(ValueError, match="other: not what .*run was started with"):
         sample.main([*resume, str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="photo.png: not what .*run was started with"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+        sample.main([*resume[:-1], "--image", str(tmp_path / "photo.png")])
 
 
 def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restless_weights, monkeypatch):

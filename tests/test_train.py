@@ -109,7 +109,7 @@ def test_a_step_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, train_ar
         return descend * (number if seed == 2 and not more else 1), error
 
     monkeypatch.setattr(train, "denoising_loss", broken)
-    with pytest.raises(ValueError, match="at step 2 of stage interp: try"):
+    with pytest.raises(ValueError, match="step 2 of stage interp is not finite"):
         train.main(train_argv(tmp_path, save_every=1))
     found = torch.load(tmp_path / "interp" / "ckpt.pt", weights_only=True)
     assert found["step"] == 2
@@ -307,7 +307,8 @@ def one_step(tmp_path_factory, train_argv):
 
 @pytest.mark.parametrize("change, words", [
     ({}, "already holds a run"), ({"stage": "extrap", "resume": "interp/ckpt.pt"}, "with stage interp"),
-    ({"learning_rate": 1e-5, "resume": "auto"}, "learning_rate"), ({"resume": "none.pt"}, "no checkpoint"),
+    ({"learning_rate": 1e-5, "resume": "auto"}, "learning_rate"), ({"resume": "none.pt"}, "already holds"),
+    ({"resume": "none.pt", "out": "elsewhere"}, "no checkpoint"),
     ({"weights": "none.pt"}, "no weights file"), ({"preset": "sd15"}, "on your own clips"),
     ({"preset": "sd15", "data": "own"}, "preset tiny"), ({"preset": "sd15", "stage": "vae"}, "video stages"),
     ({"weights": "interp/weights.safetensors"}, "only the temporal layers"),
@@ -320,7 +321,7 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, tr
     before = (one_step / "interp" / "ckpt.pt").read_bytes()
     (one_step / "strange").write_text("clip\nnot there\n")
     paths = {name: one_step / name for name in (
-        "strange", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")} | {"own": own_clips}
+        "strange", "elsewhere", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")} | {"own": own_clips}
     out = one_step / ("interp" if not change or "resume" in change else "new")
     flags = {"max_steps": 1, "out": out} | {key: paths.get(value, value) for key, value in change.items()}
     with pytest.raises(ValueError, match=words):
