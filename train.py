@@ -181,9 +181,8 @@ def main(argv=None):
     """Parse, prepare, loop."""
     args = parse(argv)
     device, why = choose_device(args.device, work=not args.dry_run)
-    if args.mixed_precision == "auto":                        # emulated bf16 is slower than fp16
-        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        args.mixed_precision = "fp16" if emulated or device.type == "mps" else "bf16"
+    if args.mixed_precision == "auto":
+        args.mixed_precision = half_precision(device)
     if args.dry_run:
         return dry_run(args, device, why)
     rank, world = processes("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
@@ -214,16 +213,7 @@ def main(argv=None):
     copy_into(trainable, masters)
     progress = tqdm(total=args.max_steps, initial=start, desc=args.stage, unit="step", disable=rank > 0)
     profiler = start_profile(args) if args.profile and rank == 0 else None
-    interrupted = []
-
-    def interrupt(*_):
-        interrupted.append(True)
-        progress.write("finishing the step at work, to save it; Ctrl-C again stops at once")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if world == 1:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
+    interrupted = finish_step_first(progress) if world == 1 else []
     for step in range(start, args.max_steps + 1):
         # once in a while: validate and draw with the averaged weights, save everything
         row, stop = {"step": step}, bool(interrupted)
@@ -288,6 +278,26 @@ def main(argv=None):
             finish(model, next_batch, args, sum(row["seconds"] for row in log) / 60, row["val_loss"])
     if world > 1:
         dist.destroy_process_group()
+
+
+def half_precision(device):
+    """What --mixed_precision auto means: bf16, unless the device only emulates it; then fp16 is faster."""
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if emulated or device.type == "mps" else "bf16"
+
+
+def finish_step_first(progress):
+    """Let Ctrl-C and SIGTERM wait until the step at work is saved. Returns a list that is empty until then."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
+        progress.write("finishing the step at work, to save it; Ctrl-C again stops at once")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, press)
+    return pressed
 
 
 # --- what a stage trains, and on what -----------------------------------------------------------------------
