@@ -448,10 +448,10 @@ def write_video(args, marks):
     try:
         with complete(os.path.join(args.out, "video.mp4")) as path:   # yuv420p, or browsers do not play it
             film = f"file:{os.path.abspath(path)}"
-            subprocess.run(["ffmpeg", "-y", "-v", "error", "-framerate", str(args.fps), "-i", "%05d.png", "-vf",
-                            "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-pix_fmt", "yuv420p",
-                            "-crf", "18", "-movflags", "+faststart", film], cwd=f"{args.out}/frames",
-                           stdin=subprocess.DEVNULL, check=True)
+            subprocess.run(["ffmpeg", "-y", "-v", "error", "-framerate", str(args.fps), "-i", "%05d.png",
+                            "-vf", "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-crf", "18",
+                            "-pix_fmt", "yuv420p", "-movflags", "+faststart", film],
+                           cwd=f"{args.out}/frames", stdin=subprocess.DEVNULL, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         print(f"no video.mp4: install ffmpeg with libx264, then --resume ({error})")
     picked = range(0, args.frames, -(-args.frames // 32))

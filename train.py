@@ -197,8 +197,6 @@ def main(argv=None):
     if args.score:
         return write_scores(args, model, device, world)
     next_batch, val_batches = prepare_batches(args, model, device, world)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()    # log.csv tells what steps take, not what encoding took
     masters = make_masters(trainable) if args.optimizer_on_cpu else trainable
     ema = {name: parameter.detach().clone() for name, parameter in masters.items()}
     fused = next(iter(masters.values())).is_cuda or None      # on a GPU it needs no scratch memory
@@ -287,7 +285,7 @@ def half_precision(device):
 
 
 def finish_step_first(progress):
-    """Let Ctrl-C and SIGTERM wait until the step at work is saved. Returns a list that is empty until then."""
+    """Let Ctrl-C and SIGTERM wait until the step at work is saved. Returns a list, empty until then."""
     pressed = []
 
     def press(*_):
@@ -373,6 +371,8 @@ def prepare_batches(args, model, device, world):
     val_batch, next_batch = (prepare_data(args, model, split, device) for split in ("val", "train"))
     if first and world > 1:
         dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()    # log.csv tells what steps take, not what encoding took
     return lambda n: to_device(next_batch(n), device), [to_device(val_batch(n), device) for n in range(4)]
 
 

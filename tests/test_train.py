@@ -321,7 +321,8 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, tr
     before = (one_step / "interp" / "ckpt.pt").read_bytes()
     (one_step / "strange").write_text("clip\nnot there\n")
     paths = {name: one_step / name for name in (
-        "strange", "elsewhere", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")} | {"own": own_clips}
+        "strange", "elsewhere", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")}
+    paths["own"] = own_clips
     out = one_step / ("interp" if not change or "resume" in change else "new")
     flags = {"max_steps": 1, "out": out} | {key: paths.get(value, value) for key, value in change.items()}
     with pytest.raises(ValueError, match=words):
