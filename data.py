@@ -90,12 +90,13 @@ class Clips:
                 "prompt_start": torch.tensor(turns, dtype=torch.float32)}
 
 
-def made_from(path):
-    """The note in a file of latents: what they were made from. None if the file is missing or damaged."""
+def made_from(path, check=True):
+    """The note in a file of latents: what they were made from. None if the file is missing or damaged; only
+    `check` reads all of it to know."""
     try:
         with safe_open(path, framework="pt") as file:
             about, _, stated = file.metadata()["about"].rpartition(" ")
-            return about if checksum({"x0": file.get_tensor("x0")}) == stated else None
+            return None if check and checksum({"x0": file.get_tensor("x0")}) != stated else about
     except (SafetensorError, OSError, KeyError, TypeError):
         return None
 
@@ -213,8 +214,11 @@ def prepare(args):
     if not shutil.which("ffmpeg"):
         raise ValueError("the program ffmpeg was not found: install version 4.4 or newer")
     root, out, sources, texts, captions = args.prepare, args.out, set(), {}, {}
+    if root.resolve() == out.resolve():
+        raise ValueError(f"{root} has the videos: give another folder as --out")
     for folder, folders, files in os.walk(root):
-        ours = {"settings.json", "args.json"}.intersection(files)    # prepared clips, or a sampled video
+        prepared, sampled = {"settings.json", "clips"}, {"args.json", "latents"}
+        ours = any(signs <= {*files, *folders} for signs in (prepared, sampled))    # no sources of a user's
         folders[:] = [name for name in folders if name[0] != "." and not ours]
         sources.update(files_in(folder, VIDEOS) if not ours else [])
         if not ours and not files_in(folder, VIDEOS) and len(files_in(folder, PICTURES)) > 1:
@@ -403,7 +407,7 @@ def folder_clips(folder, model, stage, split=None, drop=None):
         return load_file(files[i])["x0"][:, places].float()
 
     found = [(name, parts[name], clips[name]["caption"], content(folder, name) if stage == "vae" else
-              made_from(file)) for name, file in zip(names, files)]
+              made_from(file, check=False)) for name, file in zip(names, files)]    # `cache` has checked them
     return Clips(names, np.array([len(part) for part in parts.values()]), read,
                  lambda i, place: clips[names[i]]["caption"], key=checksum({}, str(found)))
 

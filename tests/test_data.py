@@ -217,6 +217,9 @@ def test_captions_and_where_a_clip_comes_from(tmp_path):
     (v / "a.txt").write_text("a red\n balloon ", "utf-16")
     (v / "c.txt").write_text("caf\u00e9", "latin-1")
     (v / "metadata.csv").write_text("path, text\na.mp4,not this\nb.mp4, \"blue, and green\"\n", "utf-8-sig")
+    for name in ("old/settings.json", "old/clips/x/1.png", "old/clips/x/2.png", "settings.json"):
+        (v / name).parent.mkdir(parents=True, exist_ok=True)     # a folder prepared before is no source,
+        (v / name).write_text("{}")                              # one with settings of its own is
     found, _ = prepare(v, tmp_path / "out")
     assert {name: clip["caption"] for name, clip in found.items()} == {
         "ApplyEyeMakeup/v_01.avi/000": "apply eye makeup", "a.mp4/000": "a red balloon",
@@ -438,6 +441,7 @@ def test_the_hardest_clips_are_listed_by_their_ranks(tmp_path):
     (["--drop_hardest", "0.1", "--scores", "nowhere", "--out", "x"], "No such file.*nowhere"),
     (["--drop_hardest", "0.1", "--out", "x"], "needs --scores"),
     (["--prepare", ".", "--out", "x", "--size", "20"], "multiple of 8"),
+    (["--prepare", ".", "--out", "."], "has the videos: give another folder"),
     (["--preview", "x.txt"], ".txt"), (["--preview", "x.png", "--size", "20"], "multiple of 8")])
 def test_bad_input_is_named(argv, words, tmp_path, monkeypatch):
     """The error comes before anything is written."""
