@@ -12,11 +12,13 @@ import argparse
 import gzip
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from data import read_json
 from model import PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, plain_errors, save_weights
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
@@ -91,6 +93,8 @@ def read_tensors(path):
     if os.path.isdir(path):                                 # a part of a diffusers model, and not its .fp16
         files = [str(file) for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin")]
         path = min(files, key=lambda name: (name.endswith(".bin"), len(name)), default=path)
+    if re.search(r"-\d+-of-\d+\.", path):
+        raise ValueError(f"{path} is one shard of several: save the model again, in one file")
     if not os.path.isfile(path):
         raise ValueError(f"no weights at {path}: give a Stable Diffusion 1.x file, or a diffusers folder")
     with open(path, "rb") as file:
@@ -134,20 +138,37 @@ def read_model(path, config, parts=("unet", "vae", "text")):
 
 
 def read_merges(path, config):
-    """The tokenizer's pairs, best first, from CLIP's bpe_simple_vocab_16e6.txt.gz or from a merges.txt."""
+    """The tokenizer's pairs, best first, from CLIP's bpe_simple_vocab_16e6.txt.gz, a merges.txt, or the
+    tokenizer.json beside which newer folders have none."""
     advice = "give --merges bpe_simple_vocab_16e6.txt.gz of openai/CLIP, or merges.txt of a diffusers folder"
     if not os.path.isfile(path):
         raise ValueError(f"no tokenizer at {path}: {advice}")
-    data = Path(path).read_bytes()
-    text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode(errors="replace")
+    if path.endswith(".json"):
+        pairs = read_json(path).get("model", {}).get("merges", [])
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    else:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode(errors="replace")
+        lines = re.sub(r"^.*#version.*\n", "", text).split("\n")
     count = config.vocabulary - 514                         # the other ids are 2 x 256 bytes, start and end
-    merges = [line.strip() for line in re.sub(r"^.*#version.*\n", "", text).split("\n")[:count]]
+    merges = [line.strip() for line in lines[:count]]
     if len(merges) < count or merges[:2] != ["i n", "t h"] or any(pair.count(" ") != 1 for pair in merges):
         raise ValueError(f"{path} is not CLIP's list of {count} merges, beginning with i n, t h: {advice}")
     return merges
 
 
 # --- placing ----------------------------------------------------------------------------------------------
+def read_scheduler(path, config):
+    """The config, as the scheduler of a diffusers folder wants it: some fine-tunes predict v."""
+    file = Path(path, "scheduler", "scheduler_config.json")
+    told = read_json(file) if file.exists() else {}
+    kind = told.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{file} says that the UNet predicts {kind}: expected epsilon or v_prediction")
+    return replace(config, prediction="eps" if kind == "epsilon" else "v",
+                   zero_terminal_snr=bool(told.get("rescale_betas_zero_snr")))
+
+
 def check(path, tensors):
     """Raise ValueError, naming what they are, if these tensors are not those of a whole SD1.x checkpoint."""
     whole = "give a whole Stable Diffusion 1.x checkpoint"
@@ -171,11 +192,12 @@ def convert(path, model, vae=None, ema=False):
         tensors |= {name: tensor for name, tensor in other.items() if name.startswith(VAE)}
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
 
-    # Averages have the names of the weights without dots. In emaonly files they already are the weights.
-    average_of = {"model_ema." + name.removeprefix("model.").replace(".", ""): name for name in tensors}
+    # Averages have the names of the weights without dots. In emaonly files most often they are the weights.
+    average_of = {"model_ema." + name.removeprefix("model.").replace(".", ""): name for name in model.state()}
     averages = {name: tensors.pop(average) for average, name in average_of.items() if average in tensors}
     if ema and not averages:
         raise ValueError(f"{path} has no averaged weights (model_ema.*) beside its weights: leave --ema out")
+    ema = ema or bool(averages) and not any(name.startswith(UNET) for name in tensors)
     if ema:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNET)} | averages
     found = [f"{path}: SD1.x", "diffusers folder" if os.path.isdir(path) else "single file",
@@ -190,18 +212,6 @@ def convert(path, model, vae=None, ema=False):
     check(path, tensors)
     fill(model, tensors, path, only=lambda name: not is_temporal(name))
     return ", ".join(found)
-
-
-# --- writing ----------------------------------------------------------------------------------------------
-def write(path, model, **about):
-    """Write our file, in float16 and without temporal layers. ValueError if a number is not finite there."""
-    tensors = {name: tensor for name, tensor in model.state().items() if not is_temporal(name)}
-    if broken := [name for name, tensor in tensors.items() if not tensor.half().isfinite().all()]:
-        raise ValueError(f"{', '.join(broken)} would not be finite in float16: give another checkpoint")
-    for part, prefix in PREFIXES.items():
-        count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
-        print(f"{part:4} {count:>11,} parameters, all finite: OK")
-    save_weights(path, model, only=tensors.__contains__, **about)
 
 
 # --- LoRA: low-rank changes to many weights ---------------------------------------------------------------
@@ -225,7 +235,10 @@ def merge_lora(model, path, scale=1.0):
             raise ValueError(f"{path} is a LoRA of another kind or model, {stem} does not fit {name} "
                              f"{list(weight.shape)}: give one for Stable Diffusion 1.x in kohya's layout")
         alpha = tensors.get(f"{stem}.alpha", torch.tensor(rank)).item()
-        weight += scale * alpha / rank * (up @ down).view(weight.shape).to(weight.device)
+        change = scale * alpha / rank * (up @ down).view(weight.shape)
+        if not change.isfinite().all():
+            raise ValueError(f"{path} has numbers in {stem} that are not finite: give another LoRA")
+        weight += change.to(weight.device)
         used |= {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"}
     if not used:
         raise ValueError(f"{path} is no LoRA that fits: no tensor is named like lora_unet_mid_block_..."
@@ -267,12 +280,16 @@ def main(argv=None):
     if os.path.exists(args.out):
         raise ValueError(f"{args.out} exists: give another --out, or remove it")
     with torch.device("meta"):                              # the numbers come from the checkpoint
-        model = Model.build(PRESETS["sd15"])
+        model = Model.build(read_scheduler(args.model, PRESETS["sd15"]))
     found = convert(args.model, model, args.vae, args.ema)
     print(found)
-    merges = args.merges or os.path.join(args.model, "tokenizer", "merges.txt")
+    beside = [os.path.join(args.model, "tokenizer", name) for name in ("merges.txt", "tokenizer.json")]
+    merges = args.merges or next(filter(os.path.exists, beside), beside[0])
     model.tokenizer = Tokenizer(read_merges(merges, model.config))
-    write(args.out, model, source=found)
+    image_model = {name: tensor for name, tensor in model.state().items() if not is_temporal(name)}
+    if broken := [name for name, tensor in image_model.items() if not tensor.half().isfinite().all()]:
+        raise ValueError(f"{', '.join(broken)} would not be finite in float16: give another checkpoint")
+    save_weights(args.out, model, only=image_model.__contains__, source=found)
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 1e9:.1f} GB: use it as --weights {args.out}")
 
 

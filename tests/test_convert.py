@@ -134,7 +134,6 @@ def test_a_single_file_becomes_one_file_of_ours(command, mini, weights, tmp_path
     assert [file.name for file in out.parent.iterdir()] == [out.name]
     printed = capsys.readouterr().out
     assert "sd.safetensors: SD1.x, single file, no averages, with VAE" in printed
-    assert "unet   1,670,884 parameters, all finite: OK" in printed
     stored, model = load_file(out), load_weights(out)
     assert stored.keys() == weights.keys() and {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert_same(model, weights)
@@ -166,6 +165,31 @@ def test_a_diffusers_folder_brings_its_tokenizer_and_prefers_full_precision(comm
     assert load_weights(out).tokenizer.merges == MERGES
 
 
+@pytest.mark.parametrize("pairs", (MERGES, [pair.split() for pair in MERGES]), ids=("strings", "pairs"))
+def test_a_newer_folder_has_a_tokenizer_json_and_may_predict_v(command, weights, tmp_path, pairs):
+    folder, out = write_folder(tmp_path / "folder", weights), tmp_path / "new.safetensors"
+    (folder / "tokenizer" / "merges.txt").unlink()
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"merges": pairs}}))
+    (folder / "scheduler").mkdir()
+    told = folder / "scheduler" / "scheduler_config.json"
+    told.write_text('{"prediction_type": "v_prediction", "rescale_betas_zero_snr": true}')
+    main([str(folder), "--out", str(out)])
+    found = load_weights(out)
+    assert found.tokenizer.merges == MERGES
+    assert found.config.prediction == "v" and found.config.zero_terminal_snr
+    told.write_text('{"prediction_type": "sample"}')
+    with pytest.raises(ValueError, match="predicts sample: expected epsilon or v_prediction"):
+        main([str(folder), "--out", str(tmp_path / "other")])
+
+
+def test_a_shard_is_refused_by_name(model, weights, tmp_path):
+    folder = write_folder(tmp_path / "folder", weights)
+    for i in (1, 2):
+        (folder / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors").write_bytes(b"a part")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert_refused(folder, model, "one shard of several: save the model again")
+
+
 def test_objects_of_training_programs_in_a_ckpt_are_skipped(mini, tmp_path, monkeypatch):
     """PyTorch Lightning's callback and NumPy's scalars, as in sd-v1-4-full-ema.ckpt."""
     name = "pytorch_lightning.callbacks.model_checkpoint"       # it is not installed here
@@ -188,6 +212,9 @@ def test_averages_are_taken_only_if_asked_for(model, mini, weights, tmp_path):
     assert "averages not used" in C.convert(str(both), model)
     assert_same(model, weights)
     assert_refused(written(both, mini), model, "has no averaged weights .*leave --ema out", ema=True)
+    alone = {key: tensor for key, tensor in mini.items() if not key.startswith(UNET)} | averages
+    assert "averages taken" in C.convert(str(written(both, alone)), model)    # then there is nothing to ask
+    assert_same(model, weights | {key: tensor / 2 for key, tensor in only(weights, UNET).items()})
     averages.popitem()
     assert_refused(written(both, {**mini, **averages}), model, f"nothing at {UNET}", ema=True)
 
@@ -335,13 +362,18 @@ def test_a_lora_changes_exactly_its_layers(tmp_path):
 
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 PAIR = {f"{STEM}.lora_down.weight": torch.zeros(4, 32), f"{STEM}.lora_up.weight": torch.zeros(64, 4)}
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+LOCON = {f"{CONV}.lora_down.weight": torch.zeros(4, 32, 1, 1), f"{CONV}.lora_mid.weight": torch.zeros(4, 4, 3, 3),
+         f"{CONV}.lora_up.weight": torch.zeros(32, 4, 1, 1)}
 
 
 @pytest.mark.parametrize("tensors, message", (
     ({"unet.mid_block.attn1.to_q.lora_A.weight": torch.zeros(1)}, "is no LoRA that fits: .* but unet.mid_b"),
     ({**PAIR, f"{STEM}.lora_down.weight": torch.zeros(4, 1024)}, "another kind or model, .*attn2_to_k"),
     ({**PAIR, f"{STEM}.dora_scale": torch.zeros(1)}, "another kind or model, .*attn2_to_k"),
-), ids=("PEFT", "SD2", "DoRA"))
+    ({**PAIR, f"{STEM}.lora_up.weight": torch.full((64, 4), torch.nan)}, "attn2_to_k that are not finite"),
+    (LOCON, "another kind or model, .*conv1"),
+), ids=("PEFT", "SD2", "DoRA", "NaN", "LoCon with a middle"))
 def test_a_lora_of_another_model_is_refused(tmp_path, tensors, message):
     with pytest.raises(ValueError, match=message):
         C.merge_lora(Model.build(MINI), str(written(tmp_path / "lora.safetensors", tensors)))
