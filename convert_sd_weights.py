@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from data import read_json
+from data import check_writable, read_json
 from model import PREFIXES, PRESETS, Model, Tokenizer, fill, is_temporal, plain_errors, save_weights
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
@@ -279,6 +279,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if os.path.exists(args.out):
         raise ValueError(f"{args.out} exists: give another --out, or remove it")
+    check_writable(args.out)
     with torch.device("meta"):                              # the numbers come from the checkpoint
         model = Model.build(read_scheduler(args.model, PRESETS["sd15"]))
     found = convert(args.model, model, args.vae, args.ema)

@@ -151,9 +151,9 @@ def read_csv(path, *columns, **style):
     return list(rows)
 
 
-def prepare_source(name, caption, unfinished, args):
+def prepare_source(name, path, caption, unfinished, args):
     """Make the clips of one source unless they exist. Returns why the source was refused, or None."""
-    path, clips, folder = args.prepare / name, args.out / "clips" / name, unfinished / "clips" / name
+    clips, folder = args.out / "clips" / name, unfinished / "clips" / name
     files = files_in(path, PICTURES) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.exists())    # knows a source again
     if clips.exists():
@@ -171,9 +171,14 @@ def prepare_source(name, caption, unfinished, args):
                 return str(error)
     # Cuts show best at the video's own frame rate, where neighbours are most alike. Frozen stretches show in
     # the frames that are kept: a file may store a picture that lasts for seconds only once.
+    said = subprocess.run(["ffprobe", "-v", "error", *source, "-select_streams", "V:0", "-show_entries",
+                           "stream=color_transfer"], cwd=work, capture_output=True).stdout
+    hdr = re.search(b"arib-std-b67|smpte2084", said)    # as phones film: HLG or PQ
+    tone = ["zscale=transfer=linear:npl=100", "format=gbrpf32le", "zscale=primaries=bt709", "tonemap=hable",
+            "zscale=transfer=bt709:matrix=bt709:range=tv", "format=yuv420p"] if hdr else []
     filters = ["settb=AVTB", "setpts=PTS-STARTPTS", f"scdet=threshold={args.cut:g}",
                "metadata=print:key=lavfi.scd.time:file=cuts.txt", f"fps={args.fps:g}", "freezedetect",
-               "metadata=print:file=freezes.txt", "crop='min(iw,ih/sar)':'min(ih,iw*sar)'",
+               "metadata=print:file=freezes.txt", *tone, "crop='min(iw,ih/sar)':'min(ih,iw*sar)'",
                f"scale={args.size}:{args.size}:flags=lanczos", "setsar=1"]
     # in a session of its own, or Ctrl-C would end ffmpeg too and the video would look damaged
     done = subprocess.run(["ffmpeg", "-v", "error", "-xerror", "-threads", "1", *source, "-map", "0:V:0",
@@ -213,26 +218,27 @@ def prepare(args):
     """Turn a folder of videos into a folder of clips. If it was interrupted, just run it again."""
     if not shutil.which("ffmpeg"):
         raise ValueError("the program ffmpeg was not found: install version 4.4 or newer")
-    root, out, sources, texts, captions = args.prepare, args.out, set(), {}, {}
+    root, out, paths, texts, sources = args.prepare, args.out, set(), {}, {}
     if root.resolve() == out.resolve():
         raise ValueError(f"{root} has the videos: give another folder as --out")
     for folder, folders, files in os.walk(root):
         prepared, sampled = {"settings.json", "clips"}, {"args.json", "latents"}
         ours = any(signs <= {*files, *folders} for signs in (prepared, sampled))    # no sources of a user's
         folders[:] = [name for name in folders if name[0] != "." and not ours]
-        sources.update(files_in(folder, VIDEOS) if not ours else [])
+        paths.update(files_in(folder, VIDEOS) if not ours else [])
         if not ours and not files_in(folder, VIDEOS) and len(files_in(folder, PICTURES)) > 1:
-            sources.add(Path(folder))
+            paths.add(Path(folder))
     if (root / "metadata.csv").exists():
         rows = read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True)
         texts = {root / row["path"]: row["text"] or "" for row in rows if row["path"]}
-    for path in sorted(sources | texts.keys()):    # a file that does not exist is refused below, by name
-        name = path.relative_to(root)
+    for path in sorted(paths | texts.keys()):    # a file that does not exist is refused below, by name
+        # names may be bytes of any kind; those of clips are UTF-8, as they stand in csv files
+        name = Path(os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace"))
         beside = Path(f"{path}.txt") if path.is_dir() else path.with_suffix(".txt")
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name.parent.name).lower()    # UCF101: ApplyEyeMakeup
         text = read_text(beside) if beside.exists() else texts.get(path, words)
-        captions[name.as_posix()] = " ".join(text.split())
-    if not captions:
+        sources[name.as_posix()] = path, " ".join(text.split())
+    if not sources:
         raise ValueError(f"{root} is not a folder with videos, GIFs or folders of pictures in it")
     settings = {flag: getattr(args, flag) for flag in ("size", "fps", "cut")}
     _, lock = claim(out)
@@ -246,8 +252,8 @@ def prepare(args):
     # a folder of this run's own: the ffmpeg of a run that was killed may still be writing to the old one
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished_", dir=out))
     with ThreadPoolExecutor(os.cpu_count()) as pool:    # threads will do: ffmpeg does the work
-        work = pool.map(lambda name: prepare_source(name, captions[name], unfinished, args), captions)
-        refused = {name: why for name, why in zip(captions, tqdm(work, "preparing", len(captions))) if why}
+        work = pool.map(lambda name: prepare_source(name, *sources[name], unfinished, args), sources)
+        refused = {name: why for name, why in zip(sources, tqdm(work, "preparing", len(sources))) if why}
     shutil.rmtree(unfinished)
     drop_clips(out, refused)
 
@@ -571,6 +577,15 @@ def claim(folder, prefix=None):
     for stale in Path(folder).glob("*.[0-9]*.tmp.*"):       # of runs that were killed while they wrote
         stale.unlink(missing_ok=True)
     return folder, lock
+
+
+def check_writable(path):
+    """Raise OSError or ValueError now, not after the work, if no file can be written there."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: give the name of a file to write")
 
 
 def number(kind, low, high=10 ** 9):

@@ -187,7 +187,7 @@ def main(argv=None):
         return dry_run(args, device, why)
     rank, world = processes("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
     part, parts = batch_part(args, rank, world)
-    lock = data.claim(args.out) if rank == 0 and not args.score else None
+    lock = claim_outputs(args) if rank == 0 else None
     model = prepare_model(args)
     args.start = checksum(model.state())
     trainable = freeze_the_rest(model, args)
@@ -282,6 +282,13 @@ def half_precision(device):
     """What --mixed_precision auto means: bf16, unless the device only emulates it; then fp16 is faster."""
     emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return "fp16" if emulated or device.type == "mps" else "bf16"
+
+
+def claim_outputs(args):
+    """Hold the folder of the run while the returned lock lives, and see that other files can be written."""
+    for path in filter(None, (args.export, args.score)):
+        data.check_writable(path)
+    return None if args.score else data.claim(args.out)
 
 
 def finish_step_first(progress):

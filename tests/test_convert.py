@@ -363,8 +363,8 @@ def test_a_lora_changes_exactly_its_layers(tmp_path):
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 PAIR = {f"{STEM}.lora_down.weight": torch.zeros(4, 32), f"{STEM}.lora_up.weight": torch.zeros(64, 4)}
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
-LOCON = {f"{CONV}.lora_down.weight": torch.zeros(4, 32, 1, 1), f"{CONV}.lora_mid.weight": torch.zeros(4, 4, 3, 3),
-         f"{CONV}.lora_up.weight": torch.zeros(32, 4, 1, 1)}
+LOCON = {f"{CONV}.lora_{name}.weight": torch.zeros(shape) for name, shape in (
+    ("down", (4, 32, 1, 1)), ("mid", (4, 4, 3, 3)), ("up", (32, 4, 1, 1)))}
 
 
 @pytest.mark.parametrize("tensors, message", (

@@ -163,16 +163,18 @@ def test_every_kind_of_file_is_prepared_right_or_refused_by_name(tmp_path, capsy
     (v / "playlist.mp4").write_text("ffconcat version 1.0\nfile h264.mp4\n")     # could name any file
     os.mkfifo(v / "pipe.mp4")
     (v / "metadata.csv").write_text("path,text\nlost.mp4,gone\n")
+    shutil.copy(v / "vp9.webm", os.path.join(os.fsencode(v), b"caf\xe9.webm"))    # a name of Latin-1
+    (v / os.fsdecode(b"\xff.mp4")).write_bytes(b"")
     found, dropped = prepare(v, tmp_path / "out")
     said = capsys.readouterr().out
-    whole = {f"{name}/000": 20 for name in good}
+    whole = {f"{name}/000": 20 for name in [*good, r"caf\xe9.webm"]}
     frames = {name: clip["frames"] for name, clip in found.items()}
     assert 5 < frames.pop("half.webm/000") < 15 and frames == whole      # its first half is not damaged
     videos = [frames_of(tmp_path / "out", name) for name in whole]
     assert all(video.shape == (3, 20, 64, 64) and video.std() > 0.2 for video in videos)
     bad = {name: why for name, (reason, why) in dropped.items() if reason == "corrupt"}
     assert bad.keys() | {"half.webm"} == {*half, "one.mp4", "empty.mp4", "words.mp4", "playlist.mp4",
-                                          "lost.mp4"}
+                                          "lost.mp4", r"\xff.mp4"}
     assert all(f"refused: {name}: {why}" in said for name, why in bad.items())
 
 
@@ -190,6 +192,19 @@ def test_a_phone_clip_stands_upright_and_wide_pixels_are_wide(tmp_path):
     above, below = phone[:, :24].mean((1, 2)) > 0.8, phone[:, 40:].mean((1, 2)) > 0.8
     assert above[0] != below[0] and above[2] != below[2]
     assert abs((wide[1, 32] > 0).sum() - 32) <= 2
+
+
+def test_hdr_is_mapped_to_the_colours_of_other_videos(tmp_path):
+    """Shown as it is stored, HLG and PQ look pale: mapped, red differs more from blue."""
+    flat = np.full((10, 64, 64, 3), 96, np.uint8)
+    flat[..., 0] = 160
+    for curve in ("bt709", "smpte2084", "arib-std-b67"):
+        colours = ["-color_primaries", "bt2020", "-color_trc", curve, "-colorspace", "bt2020nc"]
+        encode(tmp_path / "v" / f"{curve}.mp4", "-pix_fmt", "yuv420p10le", *colours, pixels=flat)
+    prepare(tmp_path / "v", tmp_path / "out")
+    pixel = lambda name: frames_of(tmp_path / "out", f"{name}.mp4/000")[:, 0, 32, 32] * 127.5
+    red, _, blue = torch.stack([pixel(name) for name in ("bt709", "smpte2084", "arib-std-b67")], dim=1)
+    assert abs((red - blue)[0] - 64) < 4 and (red - blue)[1:].min() > 84
 
 
 def test_gifs_and_folders_of_pictures_keep_every_frame_for_its_time(tmp_path):
