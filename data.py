@@ -9,6 +9,8 @@ A batch is a dict: x0 (b, 4, f, h, w), latents, or pictures (b, 3, 1, H, W) for 
 numbers in the plan; given (b, f), which of them exist already; user (b, f), which of those the user gave; and
 captions, a list of b, and prompt_start (b,), the frame at which each took over from another, or -inf. A
 batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted run would have seen.
+
+Read `Clips.windows` first. How videos become clips, and how the sky is painted, can be skipped.
 """
 import argparse
 import csv
@@ -319,6 +321,7 @@ def drop_clips(folder, refused):
     print(f"{counts}, {len(refused)} sources refused; {len(clips) - len(rows)} clips in {folder}")
     for name, why in refused.items():
         print(f"refused: {name}: {why}")
+    print(f"next: python data.py --check {folder}")
     corrupt = [(name, "corrupt", why) for name, why in refused.items()]
     write_csv(Path(folder, "dropped.csv"), [("clip", "reason", "detail"), *corrupt, *rows])
 
@@ -340,6 +343,7 @@ def check(folder):
     print("clips that hold every window of a video of",
           ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)))
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
+    print(f"look at {folder}/sheet.png; next: python train.py --stage vae --data {folder}")
 
 
 def content(folder, name):
@@ -495,24 +499,36 @@ def contact_sheet(rows, scale=1, labels=()):
     return sheet
 
 
-def line_plot(path, curves, title, log=False):
+def line_plot(path, curves, x_name, y_name, log=False):
     """Up to six curves {name: [(x, y), ...]} as a picture, the legend below; log: the scale of y."""
-    scale = (lambda y: np.log10(max(y, 1e-12))) if log else float
+    def ticks(low, high):    # four to ten numbers 1, 2 or 5 times a power of ten apart
+        power = 10.0 ** math.floor(math.log10((high - low) / 4))
+        step = max(m * power for m in (1, 2, 5) if m * power <= (high - low) / 4)
+        return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+
+    scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
     points = {name: [(x, scale(y)) for x, y in curve] for name, curve in curves.items()}
     xs, ys = zip(*[point for curve in points.values() for point in curve])
     low, high, first, last = min(ys), max(max(ys), min(ys) + 1e-6), min(xs), max(max(xs), min(xs) + 1e-6)
     place = lambda x, y: (70 + 600 * (x - first) / (last - first), 290 - 250 * (y - low) / (high - low))
-    image = Image.new("RGB", (700, 320 + 16 * len(points)), "white")
+    image = Image.new("RGB", (700, 340 + 16 * len(points)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((70, 8), title, fill="black")
-    for x, y in zip(np.linspace(first, last, 5), np.linspace(low, high, 5)):
-        draw.line([place(first, y), place(last, y)], fill="lightgray")
-        draw.text((64, place(x, y)[1]), f"{10 ** y if log else y:.3g}", fill="black", anchor="rm")
-        draw.text((place(x, y)[0], 304), f"{x:.0f}", fill="black", anchor="mm")
-    colours = ["firebrick", "royalblue", "seagreen", "darkorange", "purple", "gray"]
+    draw.text((8, 8), y_name, fill="black")
+    draw.text((370, 322), x_name, fill="black", anchor="mm")
+    y_ticks = ticks(10 ** low, 10 ** high) if log else ticks(low, high)
+    if log and high - low > 1:
+        y_ticks = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)]
+    for y in y_ticks:
+        if low <= scale(y) <= high:
+            draw.line([place(first, scale(y)), place(last, scale(y))], fill="lightgray")
+            draw.text((64, place(first, scale(y))[1]), f"{y:.6g}", fill="black", anchor="rm")
+    for x in ticks(first, last):
+        draw.line([place(x, low), place(x, high)], fill="lightgray")
+        draw.text((place(x, low)[0], 304), f"{x:.6g}", fill="black", anchor="mm")
+    colours = ["firebrick", "royalblue", "seagreen", "lightcoral", "lightskyblue", "lightgreen"]
     for i, (name, curve) in enumerate(points.items()):
         draw.line([place(*point) for point in curve], fill=colours[i % 6], width=2)
-        draw.text((70, 316 + 16 * i), name, fill=colours[i % 6])
+        draw.text((70, 336 + 16 * i), name, fill=colours[i % 6])
     image.save(path)
 
 
@@ -759,21 +775,26 @@ class SkyWorld:
 # --- command line -------------------------------------------------------------------------------------------
 def main(argv=None):
     """The command line of data.py: one of four things to do, and what it needs."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    todo, flag = p.add_mutually_exclusive_group(required=True).add_argument, p.add_argument
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="data.py --prepare | --check | --drop_hardest | --preview ... [flags]")
+    group = p.add_argument_group("what to do, one of these")
+    todo = group.add_mutually_exclusive_group(required=True).add_argument
     todo("--prepare", metavar="VIDEOS", type=Path, help="make clips of the videos, GIFs and folders of "
          "pictures in a folder; captions: NAME.txt beside NAME.mp4, metadata.csv (path,text), or the folder")
     todo("--check", metavar="DIR", help="show what is in a prepared folder and what training finds there")
     todo("--drop_hardest", type=number(float, 0, 1), metavar="SHARE", help="list the clips of "
          "highest loss, 0.1: a tenth")
     todo("--preview", metavar="FILE", help="draw six sky worlds, a row each, into a picture")
+    flag = p.add_argument_group("how").add_argument
     flag("--out", type=Path, help="folder to prepare in, or file for the list of --drop_hardest")
-    flag("--seed", type=number(int, 0), default=0, help="the first of the six worlds, from 0 on")
-    flag("--size", type=number(int, 16, 4096), default=64, help="of a frame; 64 for tiny, 512 for sd15")
-    flag("--fps", type=number(float, 0.001, 1000), default=5.0, help="frames to keep; 5 for timelapses")
-    flag("--cut", type=number(float, 0, 100), default=5.0, help="score of a cut; lower it if some are missed")
-    flag("--scores", nargs="+", default=[], help="losses by train.py --score, a file per stage")
-    flag("--held_out", nargs="+", default=[], help="the same by models that were trained on other data")
+    flag("--fps", type=number(float, 0.001, 1000), default=5.0, help="frames a second to keep (default: 5)")
+    flag("--size", type=number(int, 16, 4096), default=64, help="of a frame; for sd15 512 (default: 64)")
+    flag("--cut", type=number(float, 0, 100), default=5.0,
+         help="score of a cut; lower it if some are missed (default: 5)")
+    flag("--scores", nargs="+", default=[], metavar="FILE", help="of train.py --score, a file per stage")
+    flag("--held_out", nargs="+", default=[], metavar="FILE",
+         help="the same by models that were trained on other data (default: none)")
+    flag("--seed", type=number(int, 0), default=0, help="the first of the six worlds (default: 0)")
     args = p.parse_args(argv)
     if (args.prepare or args.drop_hardest) and not args.out:
         raise ValueError("--prepare and --drop_hardest need --out: see data.py --help")

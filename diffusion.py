@@ -10,6 +10,8 @@ has t near 0, one to be made starts at T - 1, pure noise. t is never the time in
 Symbols: ᾱ = alpha_bar, ε = eps, α = √ᾱ and σ = √(1 − ᾱ) in x_t = α x0 + σ ε, SNR = ᾱ/(1 − ᾱ), λ = ln SNR.
 Papers, by arXiv number: DDPM 2006.11239, DDIM 2010.02502, v-prediction 2202.00512, classifier-free guidance
 2207.12598, zero terminal SNR 2305.08891, EDM 2206.00364. The frame schedule is in schedule.py.
+
+Read `NoiseSchedule` and `ddim_step` first.
 """
 import math
 

@@ -7,8 +7,11 @@
 A run leaves one folder: args.json, latents/ and frames/ with a file per frame, video.gif, video.webp,
 video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv. Nothing but the plan grows in memory with the
 video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work and gives the same bytes.
+
+Read `denoise_window` first, then `Sampler.run`: the method is in these two. The rest is files and flags.
 """
 import argparse
+import atexit
 import copy
 import math
 import os
@@ -231,6 +234,7 @@ def processes(backend="gloo"):
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     dist.init_process_group(backend, timeout=timedelta(days=1))   # one may work that long before it answers
+    atexit.register(dist.destroy_process_group)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")   # one process says what happens
     return rank, world
@@ -293,8 +297,9 @@ def sample(args):
     wait_for_all()
     if rank == 0:
         keyframes = {frame for window in plan if window.gap > args.max_stride for frame in window.new}
+        print("writing videos")
         write_video(args, {frame: "keyframe" for frame in keyframes} | {frame: "given" for frame in pictures})
-        write_metrics(args.out, args.frames)
+        write_metrics(args, sampler.model.config.size)
         print(f"{args.frames} frames in {time.time() - begun:.1f} s; look at {args.out}/sheet.png first")
 
 
@@ -424,7 +429,8 @@ def read_frames(folder, frames):
 
 def write_frames(args, sampler, store, pictures):
     """Decode and write this process's share of the frames. The user's pictures are written as they came."""
-    for start in range(args.known, args.frames, args.decode_chunk)[sampler.rank::sampler.world]:
+    starts = range(args.known, args.frames, args.decode_chunk)[sampler.rank::sampler.world]
+    for start in tqdm(starts, "decoding", mininterval=1, disable=sampler.rank > 0):
         frames = range(start, min(start + args.decode_chunk, args.frames))
         if all(os.path.exists(frame_path(args.out, frame)) for frame in frames):
             continue
@@ -468,18 +474,25 @@ def statistics(video):
     return torch.cat([video.mean((2, 3)).T, video.std((2, 3)).T, saturation[:, None]], dim=1)
 
 
-def write_metrics(folder, n_frames):
-    """metrics.csv: brightness, contrast and saturation of every frame, of 255; drift.png: how they change."""
-    rows = []
-    for frame in range(n_frames):
-        video = torch.from_numpy(read_frames(folder, [frame])).permute(3, 0, 1, 2).float() / 255
-        colour = (255 * statistics(video)[0]).tolist()
-        rows.append([frame + 1, sum(colour[:3]) / 3, sum(colour[3:6]) / 3, colour[6]])
-    names = ["frame", "brightness", "contrast", "saturation"]
-    data.write_csv(os.path.join(folder, "metrics.csv"), [names, *rows])
-    curves = {names[i]: [(row[0], row[i] - rows[0][i]) for row in rows] for i in (1, 2, 3)}
-    with complete(os.path.join(folder, "drift.png")) as path:
-        data.line_plot(path, curves, "change since the first frame, of 255, against the frame")
+def write_metrics(args, size):
+    """metrics.csv: brightness, contrast and saturation of every frame, of 255. drift.png: how they change; and
+    how they truly would, where --world says."""
+    names, rows = ["brightness", "contrast", "saturation"], {"": [], ", truth": []}
+    for start in range(0, args.frames, 64):     # all of a video may not fit into memory
+        frames = range(start, min(start + 64, args.frames))
+        videos = {"": torch.from_numpy(read_frames(args.out, frames)).permute(3, 0, 1, 2).float() / 255}
+        if args.world is not None and not args.prompts:
+            videos[", truth"] = (data.SkyWorld(data.SPLITS["test"] + args.world, size).video(frames) + 1) / 2
+        for who, video in videos.items():
+            colour = 255 * statistics(video)
+            three = colour[:, :3].mean(1), colour[:, 3:6].mean(1), colour[:, 6]
+            rows[who] += torch.stack(three, dim=1).tolist()
+    table = [["frame", *names], *([frame, *row] for frame, row in enumerate(rows[""], 1))]
+    data.write_csv(os.path.join(args.out, "metrics.csv"), table)
+    curves = {name + who: [(frame, row[i] - values[0][i]) for frame, row in enumerate(values, 1)]
+              for who, values in rows.items() for i, name in enumerate(names) if values}
+    with complete(os.path.join(args.out, "drift.png")) as path:
+        data.line_plot(path, curves, "frame", "change since the first frame, of 255")
 
 
 @torch.no_grad()

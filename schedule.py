@@ -17,6 +17,8 @@ equal depth are independent, so they run as one batch or on several devices. The
     hierarchical    keyframes far apart, then every gap filled 4 times finer, and again: 121 frames are 6 deep
     autoregressive  12 more frames at a time, each window given frames of the last: 32 deep, errors compound
     joint           hierarchical with all keyframes in one window, whose frames several devices share
+
+Read `Window` and `hierarchical` first. The windows to train on, and devices, come last and can wait.
 """
 import argparse
 import math
@@ -305,7 +307,8 @@ def main(argv=None):
     """Print a plan and what it costs; exit with one sentence if there is no such plan."""
     parser = argparse.ArgumentParser(description="Draw which frames of a video are made together, and when.")
     parser.add_argument("frames", type=int, help="length of the video; try 17, then 121")
-    parser.add_argument("--schedule", choices=list(PLANNERS), default="hierarchical", help="or another")
+    parser.add_argument("--schedule", choices=list(PLANNERS), default="hierarchical",
+                        help="which frames are made from which (default: hierarchical)")
     args = parser.parse_args(argv)
     try:
         print(show(PLANNERS[args.schedule](args.frames), args.frames))

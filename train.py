@@ -216,10 +216,12 @@ def main(argv=None):
         # once in a while: validate and draw with the averaged weights, save everything
         row, stop = {"step": step}, bool(interrupted)
         if rank == 0 and (step % args.save_every == 0 or step == args.max_steps):
+            progress.set_postfix_str("validating")
             with averaged(ema, trainable):
                 row |= validation_loss(model, val_batches, args, device)
                 sample_sheet(model, val_batches[0], step, args, device)
             progress.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            progress.unpause()      # validation is no part of the speed
         if rank == 0 and ("val_loss" in row or stop):
             save_checkpoint(state, step, [*log, row], args)
         if step == args.max_steps:
@@ -274,8 +276,6 @@ def main(argv=None):
     if rank == 0:
         with averaged(ema, trainable):
             finish(model, next_batch, args, sum(row["seconds"] for row in log) / 60, row["val_loss"])
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def half_precision(device):
@@ -491,8 +491,8 @@ def save_checkpoint(state, step, rows, args):
     data.write_csv(f"{args.out}/log.csv", [columns, *([row.get(key) for key in columns] for row in rows)])
     train, val = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
     mean = [(train[i][0], sum(loss for _, loss in train[i - 19:i + 1]) / 20) for i in range(19, len(train))]
-    curves = {"validation": val} | ({"training": mean} if mean else {})
-    data.line_plot(os.path.join(args.out, "loss.png"), curves, "loss against step", log=True)
+    curves = ({"training": mean} if mean else {}) | {"validation": val}    # the last one is drawn on top
+    data.line_plot(os.path.join(args.out, "loss.png"), curves, "step", "loss", log=True)
     parameters, ema, optimizer, scaler = state
     with complete(os.path.join(args.out, "ckpt.pt")) as unfinished, open(unfinished, "wb") as file:
         torch.save({"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
@@ -550,7 +550,7 @@ def finish(model, next_batch, args, minutes, val):
         mean, std = (tuple(moment.tolist()) for moment in (z.mean((0, 2, 3)), z.std((0, 2, 3))))
         model.config = replace(model.config, latent_mean=mean, latent_std=std)
     save_weights(path, model, torch.float16 if video else torch.float32, kept, **about)
-    print(f"wrote {path} and {args.out}/samples/final.png")
+    print(f"wrote {path}; look at {args.out}/samples/final.png")
     if args.lora_rank:
         with complete(lora) as unfinished:
             save_file(lora_tensors(model), unfinished)
@@ -560,7 +560,10 @@ def finish(model, next_batch, args, minutes, val):
         if args.lora_rank:
             merge_lora(whole, lora)
         save_weights(args.export, whole, **about)
-        print(f"next: python sample.py --frames 121 --weights {args.export}")
+    use = f"--weights {args.export}" if args.export else f"--weights {args.weights} --temporal {path}"
+    then = {stage: f"train.py --stage {more} --weights {path}" + (f" --data {args.data}" if args.data else "")
+            for stage, more in (("vae", "image"), ("image", "video"))}
+    print("next: python", then.get(args.stage, f"sample.py --frames 121 {use}"))
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -609,6 +612,8 @@ def dry_run(args, device, why, mode=FakeTensorMode):
     """Run a step of a video stage on tensors without content; print its memory, return the peak in bytes."""
     config, b = PRESETS[args.preset], args.batch_size
     f = max(len(window.frames) for _, windows in window_shapes(args.stage, args.frames) for window in windows)
+    print(f"a step of {args.stage} on {device} ({why}), {b} x {f} frames, {args.mixed_precision}:",
+          flush=True)
     with mode():
         model = Model.build(config)
         trainable = freeze_the_rest(model, args)
@@ -627,7 +632,6 @@ def dry_run(args, device, why, mode=FakeTensorMode):
     parts = {"frozen weights": sum(t.nbytes for t in known) - trained, "trained weights": trained,
              "optimizer, averaged weights": 0 if args.optimizer_on_cpu else 3 * trained,     # AdamW has two
              "activations and gradients": meter.peak}
-    print(f"a step of {args.stage} on {device} ({why}), {b} x {f} frames, {args.mixed_precision}:")
     for name, size in parts.items():
         print(f"  {name:30} {size / 1e9:6.2f} GB")
     print(f"predicted peak: {sum(parts.values()) / 1e9:.1f} GB, and about 1 GB for driver and fragments")

@@ -215,8 +215,7 @@ def write(args, cells, measured):
         errors = {name: [world["errors"][key][1:] for world in measured[cell.frames][name][1]]
                   for name, cell in cells.items()}                                      # frame 0 is given
         curves = {name: list(enumerate(np.mean(rows, axis=0).tolist(), 2)) for name, rows in errors.items()}
-        data.line_plot(os.path.join(args.out, f"drift_{key}.png"), curves,
-                       f"{title}, mean over the worlds, against the frame")
+        data.line_plot(f"{args.out}/drift_{key}.png", curves, "frame", f"{title}, mean over the worlds")
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -121,15 +122,20 @@ def test_a_run_leaves_every_file_it_promises(tmp_path, restless_weights, monkeyp
     assert not [name for _, _, names in os.walk(folder) for name in names if ".tmp" in name]
 
 
-def test_the_sheet_marks_given_frames_and_keyframes(tmp_path, restless_weights, monkeypatch):
-    """31 of 61 frames: the first is given, keyframes are 16 apart, the last is one, too."""
+def test_sheet_and_plot_of_a_world(tmp_path, restless_weights, monkeypatch):
+    """17 of 33 frames: the first is given, keyframes are 16 apart, the last is one. And the truth's curve."""
     labels, draw = [], data.contact_sheet
     record = lambda rows, scale, marks: (labels.extend(sum(marks, [])), draw(rows, scale, marks))[1]
     monkeypatch.setattr(data, "contact_sheet", record)
     monkeypatch.setattr(sample, "write_video", write_video)
-    run(tmp_path, restless_weights, "--world=1", frames=61)
-    marked = {0: "given", 16: "keyframe", 32: "keyframe", 48: "keyframe", 60: "keyframe"}
-    assert labels == [f"{frame + 1} {marked.get(frame, '')}" for frame in range(0, 61, 2)]
+    curves = {}
+    monkeypatch.setattr(data, "line_plot", lambda path, found, *_: (Path(path).touch(), curves.update(found)))
+    run(tmp_path, restless_weights, "--world=1", frames=33)
+    marked = {0: "given", 16: "keyframe", 32: "keyframe"}
+    assert labels == [f"{frame + 1} {marked.get(frame, '')}" for frame in range(0, 33, 2)]
+    first, last = data.SkyWorld(data.SPLITS["test"] + 1).video([0, 32]).mean((0, 2, 3)) * 127.5
+    assert curves["brightness, truth"][-1] == (33, pytest.approx((last - first).item(), abs=0.01))
+    assert curves["brightness"][0] == (1, 0) and len(curves["contrast"]) == 33
 
 
 def test_words_that_the_model_never_saw_are_named(tmp_path, monkeypatch, capsys):
