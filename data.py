@@ -1,7 +1,7 @@
 """Where training batches come from: the sky world, a procedural timelapse, or videos of your own.
 
     python data.py --prepare VIDEOS --out DIR     turn a folder of videos into a folder of clips
-    python data.py --check DIR                    show what is in it, and what the video stages find there
+    python data.py --check DIR                    show what is in it
     python data.py --drop_hardest 0.1 --scores A.csv --out drop.csv    list clips that cannot be learned
     python data.py --preview sheet.png            draw six sky worlds
 
@@ -41,7 +41,7 @@ except ImportError:     # on Windows nothing notices two runs in one folder
     fcntl = None
 
 from model import checksum, complete, plain_errors
-from schedule import STAGES, reach, shortest_clip, window_shapes
+from schedule import reach, shortest_clip
 
 
 @dataclass
@@ -328,18 +328,10 @@ def drop_clips(folder, refused):
 
 # --- a prepared folder: checked, encoded, drawn from --------------------------------------------------------
 def check(folder):
-    """Print what is in a prepared folder and what each stage finds there, and show the clips in sheet.png."""
+    """Print what is in a prepared folder, and show the clips in sheet.png."""
     clips = read_clips(folder)
     lengths = [clip["frames"] for clip in clips.values()]
-    longest = max(lengths, default=0)
-    print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {longest} in the longest clip\n"
-          f"stage    needs  windows  clips  places    in plans for {min(121, longest)} frames")
-    for stage in STAGES:
-        needs = shortest_clip(stage)
-        shapes = window_shapes(stage, min(121, longest)) if longest >= needs else []
-        spans = [reach(window) for _, windows in shapes for window in windows]
-        places = [sum(max(0, frames - span) for span in spans) for frames in lengths]    # in each clip
-        print(f"{stage:8s} {needs:5d} {len(spans):8d} {sum(map(bool, places)):6d} {sum(places):7d}")
+    print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {max(lengths, default=0)} in the longest")
     print("clips that hold every window of a video of",
           ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)))
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
@@ -442,18 +434,14 @@ def drop_hardest(share, scores, held_out, path):
     (held_out). A rich clip is high in both; what training leaves reducible, the model could not learn."""
     if not (0 < share < 1 and scores):
         raise ValueError(f"--drop_hardest needs --scores and a share between 0 and 1, found {share:g}")
-    read = lambda files: {(row["stage"], row["clip"]): float(row["loss"])
-                          for file in files for row in read_csv(file, "clip", "stage", "loss")}
-    loss, irreducible, ranks = read(scores), read(held_out), {}
-    if held_out and irreducible.keys() != loss.keys():
-        raise ValueError("--held_out has other clips or stages than --scores: score the same folder twice")
-    for stage in sorted({stage for stage, _ in loss}):    # by rank: the losses of stages differ in size
-        clips = sorted((loss[key] - irreducible.get(key, 0), key[1]) for key in loss if key[0] == stage)
-        for rank, (_, clip) in enumerate(clips):
-            ranks.setdefault(clip, []).append(rank / max(1, len(clips) - 1))
-    names = sorted(ranks, key=lambda clip: (-np.mean(ranks[clip]), clip))[:round(share * len(ranks))]
+    read = lambda file: {row["clip"]: float(row["loss"]) for row in read_csv(file, "clip", "loss")}
+    loss = read(scores)
+    irreducible = read(held_out) if held_out else dict.fromkeys(loss, 0)
+    if irreducible.keys() != loss.keys():
+        raise ValueError("--held_out has other clips than --scores: score the same folder twice")
+    names = sorted(loss, key=lambda clip: (irreducible[clip] - loss[clip], clip))[:round(share * len(loss))]
     write_csv(path, [("clip",), *((name,) for name in names)])
-    print(f"wrote {path}: {len(names)} of {len(ranks)} clips, for train.py --drop {path}")
+    print(f"wrote {path}: {len(names)} of {len(loss)} clips; next: train.py --drop {path}")
 
 
 # --- pictures and files -------------------------------------------------------------------------------------
@@ -781,7 +769,7 @@ def main(argv=None):
     todo = group.add_mutually_exclusive_group(required=True).add_argument
     todo("--prepare", metavar="VIDEOS", type=Path, help="make clips of the videos, GIFs and folders of "
          "pictures in a folder; captions: NAME.txt beside NAME.mp4, metadata.csv (path,text), or the folder")
-    todo("--check", metavar="DIR", help="show what is in a prepared folder and what training finds there")
+    todo("--check", metavar="DIR", help="show what is in a prepared folder")
     todo("--drop_hardest", type=number(float, 0, 1), metavar="SHARE", help="list the clips of "
          "highest loss, 0.1: a tenth")
     todo("--preview", metavar="FILE", help="draw six sky worlds, a row each, into a picture")
@@ -791,9 +779,8 @@ def main(argv=None):
     flag("--size", type=number(int, 16, 4096), default=64, help="of a frame; for sd15 512 (default: 64)")
     flag("--cut", type=number(float, 0, 100), default=5.0,
          help="score of a cut; lower it if some are missed (default: 5)")
-    flag("--scores", nargs="+", default=[], metavar="FILE", help="of train.py --score, a file per stage")
-    flag("--held_out", nargs="+", default=[], metavar="FILE",
-         help="the same by models that were trained on other data (default: none)")
+    flag("--scores", metavar="FILE", help="losses of the clips, from train.py --score")
+    flag("--held_out", metavar="FILE", help="the same by a model trained on other data (default: none)")
     flag("--seed", type=number(int, 0), default=0, help="the first of the six worlds (default: 0)")
     args = p.parse_args(argv)
     if (args.prepare or args.drop_hardest) and not args.out:

@@ -475,8 +475,8 @@ def statistics(video):
 
 
 def write_metrics(args, size):
-    """metrics.csv: brightness, contrast and saturation of every frame, of 255. drift.png: how they change; and
-    how they truly would, where --world says."""
+    """metrics.csv: brightness, contrast and saturation of every frame, of 255. drift.png: how they change, and
+    how those of the truth do, where --world names it."""
     names, rows = ["brightness", "contrast", "saturation"], {"": [], ", truth": []}
     for start in range(0, args.frames, 64):     # all of a video may not fit into memory
         frames = range(start, min(start + 64, args.frames))

@@ -720,13 +720,14 @@ def write_scores(args, model, device, world):
     if not model.unet.temporal_hint.weight.any():               # it starts at zero
         raise ValueError("untrained temporal layers know nothing of clips: give trained ones as --temporal")
     data.cache(args.data, model, device)
-    clips, rows = data.folder_clips(args.data, model, args.stage), [["clip", "stage", "loss"]]
+    clips, rows = data.folder_clips(args.data, model, args.stage), [["clip", "loss"]]
     shapes = window_shapes(args.stage, min(args.frames, int(clips.lengths.max())))
     for name, parts in tqdm(data.scoring_batches(clips, shapes), desc="scoring", unit="clip"):
         loss = validation_loss(model, [to_device(part, device) for part in parts], args, device)["val_loss"]
-        rows.append([name, args.stage, loss])
+        rows.append([name, loss])
     data.write_csv(args.score, rows)
-    print(f"wrote {args.score}, {len(rows) - 1} clips; next: data.py --drop_hardest 0.1 --scores ...")
+    print(f"wrote {args.score}, {len(rows) - 1} clips; next: "
+          f"python data.py --drop_hardest 0.1 --scores {args.score} --out drop.csv")
 
 
 if __name__ == "__main__":
