@@ -153,6 +153,44 @@ def read_csv(path, *columns, **style):
     return list(rows)
 
 
+def decode(name, path, work, args):
+    """Write the frames of a source, and where ffmpeg finds cuts and frozen stretches, into the folder `work`.
+
+    Returns why the source was refused, or None."""
+    source = ["-format_whitelist", FORMATS, "-i", f"file:{path.resolve()}"]    # no playlists of other files
+    if path.is_dir():
+        source = ["-framerate", f"{args.fps:g}", "-i", "pictures/%05d.png"]
+        (work / "pictures").mkdir()
+        for i, file in enumerate(files_in(path, PICTURES), 1):
+            try:
+                read_square(file, args.size).save(work / "pictures" / f"{i:05d}.png")
+            except ValueError as error:
+                return str(error)
+    said = subprocess.run(["ffprobe", "-v", "error", *source, "-select_streams", "V:0", "-show_entries",
+                           "stream=color_transfer"], cwd=work, capture_output=True).stdout
+    hdr = re.search(b"arib-std-b67|smpte2084", said)    # as phones film: HLG or PQ
+    tone = ["zscale=transfer=linear:npl=100", "format=gbrpf32le", "zscale=primaries=bt709", "tonemap=hable",
+            "zscale=transfer=bt709:matrix=bt709:range=tv", "format=yuv420p"] if hdr else []
+    # Cuts show best at the video's own frame rate, where neighbours are most alike. Frozen stretches show in
+    # the frames that are kept: a file may store a picture that lasts for seconds only once.
+    filters = ["settb=AVTB", "setpts=PTS-STARTPTS", f"scdet=threshold={args.cut:g}",
+               "metadata=print:key=lavfi.scd.time:file=cuts.txt", f"fps={args.fps:g}", "freezedetect",
+               "metadata=print:file=freezes.txt", *tone, "crop='min(iw,ih/sar)':'min(ih,iw*sar)'",
+               f"scale={args.size}:{args.size}:flags=lanczos", "setsar=1"]
+    # in a session of its own, or Ctrl-C would end ffmpeg too and the video would look damaged
+    done = subprocess.run(["ffmpeg", "-v", "error", "-xerror", "-threads", "1", *source, "-map", "0:V:0",
+                           "-vf", ",".join(filters), "-pix_fmt", "rgb24", "%07d.png"], cwd=work,
+                          capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
+    said = done.stderr.decode(errors="replace").splitlines()
+    ours = [line for line in said if re.search(
+        "No space left|quota exceeded|Cannot allocate|No such filter|Unrecognized option", line)]
+    if done.returncode in (-2, -9, -15) or ours:    # the source is not to blame, and is not refused
+        raise ValueError(f"ffmpeg stopped at {name}: {(ours or [f'signal {-done.returncode}'])[0]}; it takes "
+                         "version 4.4 and room on the disk, then run this again")
+    if done.returncode or not any(work.glob("*.png")):
+        return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else "it has no frame"
+
+
 def prepare_source(name, path, caption, unfinished, args):
     """Make the clips of one source unless they exist. Returns why the source was refused, or None."""
     clips, folder = args.out / "clips" / name, unfinished / "clips" / name
@@ -162,38 +200,10 @@ def prepare_source(name, path, caption, unfinished, args):
         changed = any(read_json(path).get("bytes", size) != size for path in clips.glob("*.json"))
         return f"not the file of this name that {args.out} has: give another --out" if changed else None
     work = folder / "work"
-    (work / "pictures").mkdir(parents=True)
-    source = ["-format_whitelist", FORMATS, "-i", f"file:{path.resolve()}"]    # no playlists of other files
-    if path.is_dir():
-        source = ["-framerate", f"{args.fps:g}", "-i", "pictures/%05d.png"]
-        for i, file in enumerate(files, 1):
-            try:
-                read_square(file, args.size).save(work / "pictures" / f"{i:05d}.png")
-            except ValueError as error:
-                return str(error)
-    # Cuts show best at the video's own frame rate, where neighbours are most alike. Frozen stretches show in
-    # the frames that are kept: a file may store a picture that lasts for seconds only once.
-    said = subprocess.run(["ffprobe", "-v", "error", *source, "-select_streams", "V:0", "-show_entries",
-                           "stream=color_transfer"], cwd=work, capture_output=True).stdout
-    hdr = re.search(b"arib-std-b67|smpte2084", said)    # as phones film: HLG or PQ
-    tone = ["zscale=transfer=linear:npl=100", "format=gbrpf32le", "zscale=primaries=bt709", "tonemap=hable",
-            "zscale=transfer=bt709:matrix=bt709:range=tv", "format=yuv420p"] if hdr else []
-    filters = ["settb=AVTB", "setpts=PTS-STARTPTS", f"scdet=threshold={args.cut:g}",
-               "metadata=print:key=lavfi.scd.time:file=cuts.txt", f"fps={args.fps:g}", "freezedetect",
-               "metadata=print:file=freezes.txt", *tone, "crop='min(iw,ih/sar)':'min(ih,iw*sar)'",
-               f"scale={args.size}:{args.size}:flags=lanczos", "setsar=1"]
-    # in a session of its own, or Ctrl-C would end ffmpeg too and the video would look damaged
-    done = subprocess.run(["ffmpeg", "-v", "error", "-xerror", "-threads", "1", *source, "-map", "0:V:0",
-                           "-vf", ",".join(filters), "-pix_fmt", "rgb24", "%07d.png"], cwd=work,
-                          capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
-    frames, said = sorted(work.glob("*.png")), done.stderr.decode(errors="replace").splitlines()
-    ours = [line for line in said if re.search(
-        "No space left|quota exceeded|Cannot allocate|No such filter|Unrecognized option", line)]
-    if done.returncode in (-2, -9, -15) or ours:    # the source is not to blame, and is not refused
-        raise ValueError(f"ffmpeg stopped at {name}: {(ours or [f'signal {-done.returncode}'])[0]}; it takes "
-                         "version 4.4 and room on the disk, then run this again")
-    if done.returncode or not frames:
-        return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else "it has no frame"
+    work.mkdir(parents=True)
+    if refused := decode(name, path, work, args):
+        return refused
+    frames = sorted(work.glob("*.png"))
     place = lambda seconds: int(float(seconds) * args.fps + 0.5)    # rounds as ffmpeg does
     found = lambda file, pattern: re.findall(pattern, (work / file).read_text())
     cuts = {place(int(pts) / 1e6) for pts in found("cuts.txt", r"pts:(\d+)")}
