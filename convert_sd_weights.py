@@ -96,7 +96,7 @@ def read_tensors(path):
     if re.search(r"-\d+-of-\d+\.", path):
         raise ValueError(f"{path} is one shard of several: save the model again, in one file")
     if not os.path.isfile(path):
-        raise ValueError(f"no weights at {path}: give a Stable Diffusion 1.x file, or a diffusers folder")
+        raise ValueError(f"no weights at {path}: give a .safetensors or .ckpt file, or a diffusers folder")
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -241,8 +241,8 @@ def merge_lora(model, path, scale=1.0):
         weight += change.to(weight.device)
         used |= {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"}
     if not used:
-        raise ValueError(f"{path} is no LoRA that fits: no tensor is named like lora_unet_mid_block_..."
-                         f".lora_down.weight but {', '.join(sorted(tensors)[:3])}; give one in kohya's names")
+        raise ValueError(f"{path} is no LoRA that fits: it lacks lora_unet_... .lora_down.weight and .lora_up"
+                         f".weight, but has {', '.join(sorted(tensors)[:3])}: give one in kohya's names")
     return len(used) // 3, sorted(tensors.keys() - used)
 
 

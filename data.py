@@ -146,11 +146,18 @@ def files_in(folder, endings):
 
 
 def read_csv(path, *columns, **style):
-    """The rows of a csv file as dicts. ValueError if it lacks one of the columns."""
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), **style)
-    if not set(columns) <= set(rows.fieldnames or ()):
-        raise ValueError(f"{path} has the columns {rows.fieldnames}: expected {', '.join(columns)}")
-    return list(rows)
+    """The rows of a csv file as dicts. ValueError if it lacks one of the columns, or a row has one more."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), **style)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if not set(columns) <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path} has the columns {reader.fieldnames}: expected {', '.join(columns)}")
+    if wide := [row for row in rows if None in row]:
+        raise ValueError(f"{path} has a row with too many columns, {list(wide[0].values())}: put text with "
+                         "commas in quotes")
+    return rows
 
 
 def decode(name, path, work, args):
@@ -188,7 +195,8 @@ def decode(name, path, work, args):
         raise ValueError(f"ffmpeg stopped at {name}: {(ours or [f'signal {-done.returncode}'])[0]}; it takes "
                          "version 4.4 and room on the disk, then run this again")
     if done.returncode or not any(work.glob("*.png")):
-        return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else "it has no frame"
+        no_frame = f"it has no frame; ffmpeg ended with {done.returncode}"
+        return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else no_frame
 
 
 def prepare_source(name, path, caption, unfinished, args):
@@ -235,14 +243,17 @@ def prepare(args):
         raise ValueError(f"{root} has the videos: give another folder as --out")
     for folder, folders, files in os.walk(root):
         prepared, sampled = {"settings.json", "clips"}, {"args.json", "latents"}
-        ours = any(signs <= {*files, *folders} for signs in (prepared, sampled))    # no sources of a user's
+        ours = folder != str(root) and any(signs <= {*files, *folders} for signs in (prepared, sampled))
         folders[:] = [name for name in folders if name[0] != "." and not ours]
         paths.update(files_in(folder, VIDEOS) if not ours else [])
         if not ours and not files_in(folder, VIDEOS) and len(files_in(folder, PICTURES)) > 1:
             paths.add(Path(folder))
     if (root / "metadata.csv").exists():
-        rows = read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True)
-        texts = {root / row["path"]: row["text"] or "" for row in rows if row["path"]}
+        for row in read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True):
+            inside = os.path.relpath(root / (row["path"] or ""), root)
+            if inside.split(os.sep)[0] == "..":
+                raise ValueError(f"{root}/metadata.csv names {row['path']}, not a file in there: leave it out")
+            texts[root / inside] = row["text"] or ""
     for path in sorted(paths | texts.keys()):    # a file that does not exist is refused below, by name
         # names may be bytes of any kind; those of clips are UTF-8, as they stand in csv files
         name = Path(os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace"))
@@ -257,6 +268,8 @@ def prepare(args):
     path = out / "settings.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{out} was prepared with {read_json(path)}, not {settings}: give another --out")
+    if not path.exists() and set(os.listdir(out)) - {".lock"}:
+        raise ValueError(f"{out} holds other files: give another --out")
     (out / "dropped.csv").unlink(missing_ok=True)    # without it the folder counts as unfinished
     write_json(path, settings)
     for folder in out.glob(".unfinished_*"):
@@ -281,7 +294,7 @@ def read_clips(folder, kept=True):
         frames = len(pictures_of(folder, name))      # the user may have deleted some, or all
         if frames and name not in dropped:
             caption = " ".join(read_text(path.with_suffix(".txt")).split())
-            clips[name] = read_json(path) | {"caption": caption, "frames": frames}
+            clips[name] = read_json(path, "source") | {"caption": caption, "frames": frames}
     return clips
 
 
@@ -331,9 +344,11 @@ def drop_clips(folder, refused):
     print(f"{counts}, {len(refused)} sources refused; {len(clips) - len(rows)} clips in {folder}")
     for name, why in refused.items():
         print(f"refused: {name}: {why}")
-    print(f"next: python data.py --check {folder}")
     corrupt = [(name, "corrupt", why) for name, why in refused.items()]
     write_csv(Path(folder, "dropped.csv"), [("clip", "reason", "detail"), *corrupt, *rows])
+    if not clips:
+        raise ValueError(f"not one source could be read, see {folder}/dropped.csv: do you have ffmpeg 4.4?")
+    print(f"next: python data.py --check {folder}")
 
 
 # --- a prepared folder: checked, encoded, drawn from --------------------------------------------------------
@@ -560,11 +575,12 @@ def read_text(path):
         return text.decode("latin-1")
 
 
-def read_json(path):
-    """Read a JSON file. ValueError, with its name, if it holds no object."""
+def read_json(path, *keys):
+    """Read a JSON file. ValueError, with its name, if it holds no object, or one without these keys."""
     try:
-        return dict(json.loads(read_text(path)))
-    except (ValueError, TypeError) as error:
+        found = dict(json.loads(read_text(path)))
+        return found | {key: found[key] for key in keys}
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not a JSON object: {error}") from None
 
 
@@ -579,8 +595,11 @@ def claim(folder, prefix=None):
             folder = f"{prefix}{n:03d}"
         except FileExistsError:
             n += 1
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, ".lock"), "w")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, ".lock"), "w")
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be a folder to write in: {error.strerror}") from None
     try:
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system takes it from a killed process
@@ -600,6 +619,13 @@ def check_writable(path):
     tempfile.TemporaryFile(dir=folder).close()
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: give the name of a file to write")
+
+
+def file_name(text):
+    """A type for argparse: a name that is not empty, as that of a shell variable without a value is."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a name, or leave the flag out")
+    return text
 
 
 def number(kind, low, high=10 ** 9):
@@ -779,10 +805,10 @@ def main(argv=None):
     todo = group.add_mutually_exclusive_group(required=True).add_argument
     todo("--prepare", metavar="VIDEOS", type=Path, help="make clips of the videos, GIFs and folders of "
          "pictures in a folder; captions: NAME.txt beside NAME.mp4, metadata.csv (path,text), or the folder")
-    todo("--check", metavar="DIR", help="show what is in a prepared folder")
+    todo("--check", metavar="DIR", type=file_name, help="show what is in a prepared folder")
     todo("--drop_hardest", type=number(float, 0, 1), metavar="SHARE", help="list the clips of "
          "highest loss, 0.1: a tenth")
-    todo("--preview", metavar="FILE", help="draw six sky worlds, a row each, into a picture")
+    todo("--preview", metavar="FILE", type=file_name, help="draw six sky worlds, a row each, into a picture")
     flag = p.add_argument_group("how").add_argument
     flag("--out", type=Path, help="folder to prepare in, or file for the list of --drop_hardest")
     flag("--fps", type=number(float, 0.001, 1000), default=5.0, help="frames a second to keep (default: 5)")

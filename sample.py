@@ -13,6 +13,7 @@ Read `denoise_window` first, then `Sampler.run`: the method is in these two. The
 import argparse
 import atexit
 import copy
+import json
 import math
 import os
 import subprocess
@@ -28,13 +29,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
 from convert_sd_weights import lora_file, merge_lora
 from diffusion import ddim_step, describe_noise_level, frame_noise, guide, parse_noise_level
-from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, complete, fill, is_temporal,
+from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, checksum, complete, fill, is_temporal,
                    load_weights, plain_errors, read_weights)
 from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, plan_video, share, show
 
@@ -217,8 +219,10 @@ def choose_device(name=None, work=True):
     """The torch device to run on, and why. ValueError if it is to work, and does not."""
     if name:
         try:
-            torch.zeros(0, device=name if work else "meta")
-            return torch.device(name), "as --device says"
+            device = torch.device(name)
+            if work:
+                torch.ones(1, device=device).item()
+            return device, "as --device says"
         except (RuntimeError, AssertionError) as error:      # AssertionError: torch was built without it
             raise ValueError(f"--device {name} does not work: {str(error).splitlines()[0]}") from None
     if torch.cuda.is_available():    # mps lacks FlowPrior's grid_sample before torch 2.13: only if asked for
@@ -254,21 +258,14 @@ def sample(args):
     pictures, prompts = read_inputs(args, sampler.model, borders)
     if rank == 0:
         args.out, lock = data.claim(args.out, "out/sample_")
-        if not args.resume and {"args.json", "latents", "frames"}.intersection(os.listdir(args.out)):
-            raise ValueError(f"{args.out} already holds a run: --resume it, or give another --out folder")
+        if not args.resume and set(os.listdir(args.out)) - {".lock"}:
+            raise ValueError(f"{args.out} already holds a run, or files of yours: --resume it, or give another "
+                             "--out folder")
     if world > 1:
         shared = [args.out]
         dist.broadcast_object_list(shared)
         args.out, = shared
-    # the same run needs the same files, wherever they are by now
-    files = [args.weights or TINY_WEIGHTS, *args.temporal, *(lora_file(item)[0] for item in args.lora),
-             *by_frame(args.keyframes, "keyframes").values(), *([args.image] if args.image else [])]
-    sums = [zlib.crc32(np.memmap(path, np.uint8, "r")) for path in files]
-    wrong = [path for path, old, new in zip(files, args.sums or sums, sums) if old != new]
-    if wrong or len(args.sums or sums) != len(sums):
-        raise ValueError(f"{', '.join(wrong or files)}: not what {args.out} was started with, give the same "
-                         "files, or another --out")
-    args.sums = sums
+    args.sums = file_sums(args)
     print(f"folder: {args.out}\nprompt: {'; '.join(prompts)}")
     tokenizer = sampler.model.tokenizer
     unknown = sorted({word for word in tokenizer.words(" ".join(prompts)) if len(tokenizer.pieces(word)) > 1})
@@ -276,7 +273,8 @@ def sample(args):
         print(f"words that this model has never seen, which say nothing to it: {', '.join(unknown)}")
     store, text = Store(os.path.join(args.out, "latents"), sampler.shape), sampler.text(prompts)
     if rank == 0:
-        data.write_json(os.path.join(args.out, "args.json"), vars(args))
+        said = vars(args) | {"checksum": checksum({}, json.dumps(vars(args)))}    # for `continued`
+        data.write_json(os.path.join(args.out, "args.json"), said)
         for frame in [frame for frame in given if not store.made([frame])]:
             if frame in pictures:
                 latents = sampler.vae("encode", pictures[frame])
@@ -319,8 +317,15 @@ class Store:
 
     def read(self, frames):
         """Latents (4, f, h, w) of these frames; zeros where a frame is not made."""
-        return torch.stack([load_file(self.path(frame))["latents"] if self.made([frame])
-                            else torch.zeros(self.shape) for frame in frames], dim=1)
+        return torch.stack([self.load(self.path(frame)) if self.made([frame]) else torch.zeros(self.shape)
+                            for frame in frames], dim=1)
+
+    def load(self, path):
+        """What is in a file. ValueError if that is not the latents of a frame."""
+        try:
+            return load_file(path)["latents"].view(self.shape)
+        except (SafetensorError, KeyError, RuntimeError):
+            raise ValueError(f"{path} is damaged: delete it, then --resume makes it again") from None
 
     def write(self, frames, latents):
         """Keep latents (4, f, h, w) of these frames."""
@@ -337,7 +342,7 @@ def parse(argv):
     whole, real = partial(data.number, int), partial(data.number, float)
     add = p.add_argument_group("what to make (frames are counted from 0)").add_argument
     add("--frames", type=whole(1, 100_000), default=121, help="length of the video (default: 121)")
-    add("--image", metavar="FILE", help="picture for frame 0, cropped to a square and resized")
+    add("--image", metavar="FILE", type=data.file_name, help="picture for frame 0, of which the middle counts")
     add("--world", type=whole(0, 999_999), metavar="N", help="frame 0 and prompt of the N-th test world")
     add("--keyframes", nargs="+", default=[], metavar="FRAME:FILE", help="pictures: 0:a.png 120:b.png")
     add("--loop", action="store_true", help="the last frame leads back into the first")
@@ -357,7 +362,7 @@ def parse(argv):
     add("--guidance_scale", type=real(-100, 100), help="1: off, fast (default: 1.5 for tiny, 7.5 for sd15)")
     add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha, default for sd15), "
         "snr=9.2, abar=0.9, t=94 or none (default for tiny)")
-    add("--weights", metavar="FILE", help="(default: the tiny model in assets/)")
+    add("--weights", metavar="FILE", type=data.file_name, help="(default: the tiny model in assets/)")
     add("--temporal", nargs="+", default=[], metavar="FILE",
         help="temporal layers from train.py; each file makes the windows of its stage")
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRAs in kohya's layout")
@@ -367,7 +372,7 @@ def parse(argv):
     add("--device", help="(default: cuda, else cpu)")
     group = p.add_argument_group("where, and what else")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--out", help="folder of the run (default: the next free out/sample_NNN)")
+    add("--out", type=data.file_name, help="folder of the run (default: the next free out/sample_NNN)")
     add_either("--resume", action="store_true", help="finish the run in --out with its own flags")
     add_either("--extend", type=whole(1, 100_000), metavar="N", help="make a finished video N frames longer")
     add("--plan", action="store_true", help="print the plan, its costs and its memory, and stop")
@@ -383,7 +388,9 @@ def continued(parser, argv, args):
     extend, path = args.extend, os.path.join(args.out or "", "args.json")
     if not args.out or not os.path.exists(path):
         raise ValueError(f"{args.out} holds no run to go on with: give the folder of a run as --out")
-    old = data.read_json(path)
+    old = data.read_json(path, "checksum")
+    if old.pop("checksum") != checksum({}, json.dumps(old)):
+        raise ValueError(f"{path} is damaged, or was edited: give another --out and start anew")
     args = parser.parse_args(argv, argparse.Namespace(**old))   # what argv leaves out stays as it was
     free = {"resume", "extend", "out", "device", "plan", "sums", "weights", "temporal", "image"}
     free |= {"prompts"} if extend else set()
@@ -399,6 +406,18 @@ def continued(parser, argv, args):
             raise ValueError(f"--extend needs a finished video and no loop: --resume --out {args.out}")
         args.known, args.frames = args.frames, args.frames + extend
     return args
+
+
+def file_sums(args):
+    """Checksums of the files that a run depends on, wherever they are by now. ValueError if they changed."""
+    files = [args.weights or TINY_WEIGHTS, *args.temporal, *(lora_file(item)[0] for item in args.lora),
+             *by_frame(args.keyframes, "keyframes").values(), *([args.image] if args.image else [])]
+    sums = [zlib.crc32(np.memmap(path, np.uint8, "r")) for path in files]
+    wrong = [path for path, old, new in zip(files, args.sums or sums, sums) if old != new]
+    if wrong or len(args.sums or sums) != len(sums):
+        raise ValueError(f"{', '.join(wrong or files)}: not what {args.out} was started with, give the same "
+                         "files, or another --out")
+    return sums
 
 
 def read_inputs(args, model, borders):
@@ -458,8 +477,8 @@ def write_video(args, marks):
                             "-vf", "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-crf", "18",
                             "-pix_fmt", "yuv420p", "-movflags", "+faststart", film],
                            cwd=f"{args.out}/frames", stdin=subprocess.DEVNULL, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"no video.mp4: install ffmpeg with libx264, then --resume ({error})")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        print("no video.mp4: install ffmpeg with libx264, then --resume")
     picked = range(0, args.frames, -(-args.frames // 32))
     rows = [picked[i:i + 8] for i in range(0, len(picked), 8)]
     labels = [[f"{frame + 1} {marks.get(frame, '')}" for frame in row] for row in rows]
@@ -475,11 +494,11 @@ def statistics(video):
 
 
 def write_metrics(args, size):
-    """metrics.csv: brightness, contrast and saturation of every frame, of 255. drift.png: how they change, and
-    how those of the truth do, where --world names it."""
+    """metrics.csv: brightness, contrast, saturation of every frame, of 255. drift.png: how they change, and how
+    those of the truth do, where --world names it."""
     names, rows = ["brightness", "contrast", "saturation"], {"": [], ", truth": []}
-    for start in range(0, args.frames, 64):     # all of a video may not fit into memory
-        frames = range(start, min(start + 64, args.frames))
+    for start in range(0, args.frames, args.decode_chunk):     # all of a video may not fit into memory
+        frames = range(start, min(start + args.decode_chunk, args.frames))
         videos = {"": torch.from_numpy(read_frames(args.out, frames)).permute(3, 0, 1, 2).float() / 255}
         if args.world is not None and not args.prompts:
             videos[", truth"] = (data.SkyWorld(data.SPLITS["test"] + args.world, size).video(frames) + 1) / 2
@@ -527,5 +546,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with plain_errors("sample.py", "finished frames are kept, --resume --out FOLDER goes on"):
+    with plain_errors("sample.py", "if it has named its folder, --resume --out FOLDER goes on"):
         main()

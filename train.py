@@ -56,17 +56,17 @@ CAPTION_DROPOUT = 0.1   # share of examples trained without a caption, so that s
 def parse(argv):
     """The command line. Defaults are the tiny preset on the sky world."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="train.py --stage STAGE [flags]")
-    whole, real = partial(data.number, int), partial(data.number, float)
+    whole, real, file_name = partial(data.number, int), partial(data.number, float), data.file_name
     flag = p.add_argument_group("the run").add_argument
     flag("--stage", required=True, choices=("vae", "image", *VIDEO_STAGES))
     flag("--preset", default="tiny", choices=list(PRESETS), help="default %(default)s")
-    flag("--weights", metavar="FILE", help="model to start from; default assets/tiny.safetensors")
+    flag("--weights", metavar="FILE", type=file_name, help="to start from; default assets/tiny.safetensors")
     flag("--temporal", metavar="FILE", help="temporal layers to start from; default fresh ones")
-    flag("--out", metavar="DIR", help="folder of this run; default out/STAGE")
-    flag("--export", metavar="FILE", help="also write the whole model to one file, for sample.py")
+    flag("--out", metavar="DIR", type=file_name, help="folder of this run; default out/STAGE")
+    flag("--export", metavar="FILE", type=file_name, help="also write the whole model, for sample.py")
     flag("--resume", metavar="auto|FILE", help="go on from the checkpoint in --out (auto) or from a file")
     flag = p.add_argument_group("what to train on").add_argument
-    flag("--data", metavar="DIR", help="your own clips, prepared by data.py; default sky worlds")
+    flag("--data", metavar="DIR", type=file_name, help="clips of yours, by data.py; default sky worlds")
     flag("--drop", metavar="LIST", help="clips of --data to leave out, from data.py --drop_hardest")
     flag("--score", metavar="FILE", help="do not train: write the losses of the clips of --data here")
     flag("--worlds", type=whole(1, 1_000_000), help="number of sky worlds; default by stage")
@@ -100,7 +100,7 @@ def parse(argv):
                    out=os.path.join("out", args.stage))
     args = p.parse_args(argv, argparse.Namespace(clips="", start=""))   # later: checksums, see FIXED
     args.save_every = args.save_every or min(max(20, args.max_steps // 4), 250)
-    for name in ("export", "score", "lora_rank", "pipeline", "dry_run"):
+    for name in ("temporal", "export", "score", "lora_rank", "pipeline", "dry_run"):
         if getattr(args, name) and args.stage not in VIDEO_STAGES:
             raise ValueError(f"--{name} is for video stages, found --stage {args.stage}: leave --{name} out")
     if sd15 and not args.dry_run and not (args.data and args.stage in VIDEO_STAGES):
@@ -108,7 +108,8 @@ def parse(argv):
     if (args.drop or args.score) and not args.data:
         raise ValueError("--drop and --score are about the clips of a folder: give the folder as --data")
     goes_on = args.resume in ("auto", f"{args.out}/ckpt.pt")
-    if not (goes_on or args.score or args.dry_run) and os.path.exists(f"{args.out}/ckpt.pt"):
+    held = any(os.path.exists(f"{args.out}/{name}") for name in ("ckpt.pt", "weights.safetensors"))
+    if held and not (goes_on or args.score or args.dry_run):
         raise ValueError(f"{args.out} already holds a run: add --resume auto to go on, or give another --out")
     return args
 
@@ -502,7 +503,7 @@ def save_checkpoint(state, step, rows, args):
 def read_checkpoint(path):
     """What `save_checkpoint` wrote. ValueError if the file is missing or damaged."""
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: leave --resume out to start anew, or give the file")
+        raise ValueError(f"no checkpoint at {path}: give the file, or start anew in another --out")
     try:
         with zipfile.ZipFile(path) as parts:
             if damaged := parts.testzip():      # it has checksums, which torch.load does not look at
@@ -512,7 +513,8 @@ def read_checkpoint(path):
     except (OSError, MemoryError):              # then the file may be as good as ever
         raise
     except Exception as error:                  # a damaged file can raise almost anything
-        raise ValueError(f"{path} is damaged, or no checkpoint of ours ({error}): start anew") from None
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is damaged, or no checkpoint of ours ({reason}): start anew") from None
 
 
 def load_checkpoint(state, args, rank, world):

@@ -368,7 +368,7 @@ LOCON = {f"{CONV}.lora_{name}.weight": torch.zeros(shape) for name, shape in (
 
 
 @pytest.mark.parametrize("tensors, message", (
-    ({"unet.mid_block.attn1.to_q.lora_A.weight": torch.zeros(1)}, "is no LoRA that fits: .* but unet.mid_b"),
+    ({"unet.mid_block.attn1.to_q.lora_A.weight": torch.zeros(1)}, "no LoRA that fits: .* but has unet.mid_b"),
     ({**PAIR, f"{STEM}.lora_down.weight": torch.zeros(4, 1024)}, "another kind or model, .*attn2_to_k"),
     ({**PAIR, f"{STEM}.dora_scale": torch.zeros(1)}, "another kind or model, .*attn2_to_k"),
     ({**PAIR, f"{STEM}.lora_up.weight": torch.full((64, 4), torch.nan)}, "attn2_to_k that are not finite"),

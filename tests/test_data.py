@@ -242,6 +242,27 @@ def test_captions_and_where_a_clip_comes_from(tmp_path):
     assert {"source": "a.mp4", "start": 0.0, "end": 3.0, "frames": 15}.items() <= found["a.mp4/000"].items()
 
 
+@pytest.mark.parametrize("rows, words", [
+    ("../other/a.mp4,x", "names ../other/a.mp4, not a file in there"), ("/etc/a.mp4,x", "names /etc/a.mp4"),
+    ("a.mp4,one, two", "too many columns.*quotes"), (f"a.mp4,{'x' * 200_000}", r"csv, line \d: field larger")])
+def test_what_metadata_says_stays_in_its_folder_and_its_columns(tmp_path, rows, words):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "metadata.csv").write_text(f"path,text\n{rows}\n")
+    with pytest.raises(ValueError, match=words):
+        prepare(tmp_path / "v", tmp_path / "out")
+
+
+def test_files_of_yours_are_never_replaced_and_no_clip_at_all_is_an_error(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").touch()
+    with pytest.raises(ValueError, match="not one source could be read"):
+        prepare(tmp_path / "v", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dropped.csv").touch()
+    with pytest.raises(ValueError, match="mine holds other files"):
+        prepare(tmp_path / "v", tmp_path / "mine")
+
+
 def test_a_source_is_not_refused_for_what_ffmpeg_met_and_not_taken_for_another(tmp_path, monkeypatch):
     """Killed, without room on the disk, or too old: the next run makes the clip. A changed file is named."""
     v, out, path = tmp_path / "v", tmp_path / "out", os.environ["PATH"]

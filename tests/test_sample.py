@@ -239,7 +239,8 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
     (["--aug", "loud=3"], "nsr="),
     (["--image", "nothing.png"], "no picture"), (["--image", __file__], "no picture can be read"),
     (["--weights", "nothing.safetensors"], "no weights file"),
-    (["--device", "gpu"], "--device gpu does not work"), (["--weights", "."], "no weights file"),
+    (["--device", "gpu"], "--device gpu does not work"), (["--device", "meta"], "meta does not work"),
+    (["--weights", "."], "no weights file"),
     (["--resume"], "holds no run"), (["--extend", "5"], "holds no run"),
     (["--keyframes", "a.png"], "expected FRAME:VALUE"), (["--prompts", "50:night"], "name frame 50"),
     (["--keyframes", "0:a.png", "0:b.png"], "each frame once"),
@@ -297,6 +298,14 @@ def test_a_run_goes_on_with_its_own_files_only(tmp_path, restless_weights, small
     with pytest.raises(ValueError, match="photo.png: not what .*run was started with"):
         Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
         sample.main([*resume[:-1], "--image", str(tmp_path / "photo.png")])
+    latents, told = tmp_path / "run" / "latents" / "00002.safetensors", tmp_path / "run" / "args.json"
+    latents.write_bytes(b"damaged")
+    (tmp_path / "run" / "frames" / "00002.png").unlink()
+    with pytest.raises(ValueError, match="00002.safetensors is damaged: delete it, then --resume"):
+        sample.main([*resume, str(tmp_path / "moved")])
+    told.write_text(told.read_text().replace('"frames": 2', '"frames": "abc"'))
+    with pytest.raises(ValueError, match="args.json is damaged, or was edited"):
+        sample.main(resume[:-1])
 
 
 def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restless_weights, monkeypatch):
@@ -305,8 +314,11 @@ def test_an_occupied_folder_is_refused_and_a_free_one_is_found(tmp_path, restles
     for _ in range(2):
         sample.main(["--frames", "1", "--weights", restless_weights])
     assert sorted(os.listdir("out")) == ["sample_001", "sample_002"]
-    with pytest.raises(ValueError, match="already holds a run"):
-        sample.main(["--frames", "1", "--weights", restless_weights, "--out", "out/sample_001"])
+    Path("mine").mkdir()
+    Path("mine", "video.mp4").touch()
+    for out in ("out/sample_001", "mine"):
+        with pytest.raises(ValueError, match="already holds a run, or files of yours"):
+            sample.main(["--frames", "1", "--weights", restless_weights, "--out", out])
 
 
 def test_sampling_stable_diffusion_in_half_precision_takes_less_than_4_gb(monkeypatch, capsys):

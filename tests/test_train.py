@@ -315,7 +315,8 @@ def one_step(tmp_path_factory, train_argv):
     ({"stage": "image", "lora_rank": 2}, "--lora_rank is for video"), ({"drop": "x"}, "give the folder"),
     *(({"stage": stage, "data": "none.pt"}, "not a prepared folder") for stage in ("vae", "image", "interp")),
     ({"data": "own", "drop": "strange"}, "such as not there"), ({"data": "own", "score": "x"}, "untrained"),
-    ({"export": "folder"}, "is a folder: give the name"),
+    ({"export": "folder"}, "is a folder: give the name"), ({"out": "weights"}, "already holds a run"),
+    ({"stage": "vae", "temporal": "x"}, "--temporal is for video"),
 ], ids=str)
 def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, train_argv, change, words):
     """Runs, checkpoints, weights, folders and flags that do not go together."""
@@ -323,7 +324,9 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, tr
     (one_step / "strange").write_text("clip\nnot there\n")
     paths = {name: one_step / name for name in (
         "strange", "elsewhere", "interp/ckpt.pt", "none.pt", "interp/weights.safetensors")}
-    paths |= {"own": own_clips, "folder": one_step / "interp"}
+    paths |= {"own": own_clips, "folder": one_step / "interp", "weights": one_step / "weights"}
+    (one_step / "weights").mkdir(exist_ok=True)
+    (one_step / "weights" / "weights.safetensors").touch()
     out = one_step / ("interp" if not change or "resume" in change else "new")
     flags = {"max_steps": 1, "out": out} | {key: paths.get(value, value) for key, value in change.items()}
     with pytest.raises(ValueError, match=words):
