@@ -244,7 +244,8 @@ def test_captions_and_where_a_clip_comes_from(tmp_path):
 
 @pytest.mark.parametrize("rows, words", [
     ("../other/a.mp4,x", "names ../other/a.mp4, not a file in there"), ("/etc/a.mp4,x", "names /etc/a.mp4"),
-    ("a.mp4,one, two", "too many columns.*quotes"), (f"a.mp4,{'x' * 200_000}", r"csv, line \d: field larger")])
+    ("a.mp4,one, two", "too many columns.*quotes"),
+    (f"a.mp4,{'x' * 200_000}", r"csv, line \d: field larger")])
 def test_what_metadata_says_stays_in_its_folder_and_its_columns(tmp_path, rows, words):
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "metadata.csv").write_text(f"path,text\n{rows}\n")
