@@ -607,8 +607,9 @@ def claim(folder, prefix=None):
         raise ValueError(f"another process works in {folder}: wait for it, or give another --out") from None
     except OSError:      # a file system without locks
         pass
-    for stale in Path(folder).glob("*.[0-9]*.tmp.*"):       # of runs that were killed while they wrote
-        stale.unlink(missing_ok=True)
+    for pattern in "*.[0-9]*.tmp.*", ".tmp??????":      # of runs, ours and safetensors' names, killed in writing
+        for stale in Path(folder).rglob(pattern):
+            stale.unlink(missing_ok=True)
     return folder, lock
 
 

@@ -473,9 +473,9 @@ def write_video(args, marks):
     try:
         with complete(os.path.join(args.out, "video.mp4")) as path:   # yuv420p, or browsers do not play it
             film = f"file:{os.path.abspath(path)}"
-            subprocess.run(["ffmpeg", "-y", "-v", "error", "-framerate", str(args.fps), "-i", "%05d.png",
-                            "-vf", "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264", "-crf", "18",
-                            "-pix_fmt", "yuv420p", "-movflags", "+faststart", film],
+            subprocess.run(["ffmpeg", "-y", "-v", "error", "-xerror", "-framerate", str(args.fps),
+                            "-i", "%05d.png", "-vf", "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264",
+                            "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart", film],
                            cwd=f"{args.out}/frames", stdin=subprocess.DEVNULL, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
         print("no video.mp4: install ffmpeg with libx264, then --resume")

@@ -495,9 +495,13 @@ def save_checkpoint(state, step, rows, args):
     curves = ({"training": mean} if mean else {}) | {"validation": val}    # the last one is drawn on top
     data.line_plot(os.path.join(args.out, "loss.png"), curves, "step", "loss", log=True)
     parameters, ema, optimizer, scaler = state
+    everything = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
+                  "scaler": scaler.state_dict(), "log": rows[:step], "args": vars(args)}
     with complete(os.path.join(args.out, "ckpt.pt")) as unfinished, open(unfinished, "wb") as file:
-        torch.save({"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
-                    "scaler": scaler.state_dict(), "log": rows[:step], "args": vars(args)}, file)
+        try:
+            torch.save(everything, file)
+        except RuntimeError as error:    # what torch makes of a disk that is full
+            raise OSError(f"{args.out}/ckpt.pt cannot be written, is the disk full? ({error})") from None
 
 
 def read_checkpoint(path):

@@ -291,8 +291,12 @@ def test_a_run_goes_on_with_its_own_files_only(tmp_path, restless_weights, small
         shutil.copy(file, tmp_path / name)
     run(tmp_path / "run", str(tmp_path / "mine"), "--frames", "2")
     (tmp_path / "mine").rename(tmp_path / "moved")
+    stale = [tmp_path / "run" / name for name in ("frames/00001.99.tmp.png", "latents/.tmpAb12cd")]
+    for path in stale:
+        path.touch()                                     # of a process that was killed
     resume = ["--resume", "--out", str(tmp_path / "run"), "--weights"]
     sample.main([*resume, str(tmp_path / "moved")])
+    assert not any(path.exists() for path in stale)
     with pytest.raises(ValueError, match="other: not what .*run was started with"):
         sample.main([*resume, str(tmp_path / "other")])
     with pytest.raises(ValueError, match="photo.png: not what .*run was started with"):

@@ -334,6 +334,16 @@ def test_wrong_input_is_one_sentence_and_changes_nothing(one_step, own_clips, tr
     assert (one_step / "interp" / "ckpt.pt").read_bytes() == before
 
 
+def test_a_full_disk_is_one_sentence(tmp_path, train_argv, monkeypatch):
+    """torch says it in this way, when its own writer closes a file that is too short."""
+    def save(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3985088 vs 3984976")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="ckpt.pt cannot be written, is the disk full"):
+        train.main(train_argv(tmp_path))
+
+
 @pytest.mark.parametrize("damage", [lambda file: file[:-100], lambda file: b"", lambda file: (
     file[:len(file) // 2] + bytes([file[len(file) // 2] ^ 1]) + file[len(file) // 2 + 1:])],
     ids=["short", "empty", "a flipped bit"])
