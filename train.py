@@ -566,7 +566,8 @@ def finish(model, next_batch, args, minutes, val):
         if args.lora_rank:
             merge_lora(whole, lora)
         save_weights(args.export, whole, **about)
-    use = f"--weights {args.export}" if args.export else f"--weights {args.weights} --temporal {path}"
+    base = "" if args.weights == TINY_WEIGHTS else f"--weights {args.weights} "
+    use = f"--weights {args.export}" if args.export else f"{base}--temporal {path}"
     then = {stage: f"train.py --stage {more} --weights {path}" + (f" --data {args.data}" if args.data else "")
             for stage, more in (("vae", "image"), ("image", "video"))}
     print("next: python", then.get(args.stage, f"sample.py --frames 121 {use}"))
