@@ -128,12 +128,11 @@ def test_every_diffusers_name_of_sd15_becomes_sds_own():
     assert list(only(dict.fromkeys(ignored), UNET, VAE, TEXT)) == [TEXT + "embeddings.position_ids"]
 
 
-def test_a_single_file_becomes_one_file_of_ours(command, mini, weights, tmp_path, capsys):
+def test_a_single_file_becomes_one_file_of_ours(command, mini, weights, capsys):
     """It holds every tensor and the tokenizer, and what was found and checked is printed."""
     out = command(mini)
     assert [file.name for file in out.parent.iterdir()] == [out.name]
-    printed = capsys.readouterr().out
-    assert "sd.safetensors: SD1.x, single file, no averages, with VAE" in printed
+    assert "sd.safetensors: SD1.x, single file, no averages, with VAE" in capsys.readouterr().out
     stored, model = load_file(out), load_weights(out)
     assert stored.keys() == weights.keys() and {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert_same(model, weights)
@@ -155,39 +154,29 @@ def test_every_layout_gives_the_same_weights(model, mini, weights, tmp_path, mak
     assert_same(model, weights)
 
 
-def test_a_diffusers_folder_brings_its_tokenizer_and_prefers_full_precision(command, weights, tmp_path):
-    """Beside diffusion_pytorch_model.safetensors, the hub's folders hold .fp16 and .non_ema files."""
+@pytest.mark.parametrize("newer", (None, MERGES, [pair.split() for pair in MERGES]),
+                         ids=("merges.txt", "tokenizer.json of strings", "tokenizer.json of pairs"))
+def test_a_diffusers_folder_brings_its_tokenizer_and_may_predict_v(command, weights, tmp_path, newer):
+    """Its weights come in full precision: beside them, the hub's folders hold .fp16 and .non_ema files."""
     folder, out = write_folder(tmp_path / "folder", weights), tmp_path / "new.safetensors"
     for other in ("fp16.safetensors", "non_ema.safetensors", "bin"):
         (folder / "unet" / f"diffusion_pytorch_model.{other}").write_bytes(b"not this one")
-    main([str(folder), "--out", str(out)])
-    assert_same(load_weights(out), weights)
-    assert load_weights(out).tokenizer.merges == MERGES
-
-
-@pytest.mark.parametrize("pairs", (MERGES, [pair.split() for pair in MERGES]), ids=("strings", "pairs"))
-def test_a_newer_folder_has_a_tokenizer_json_and_may_predict_v(command, weights, tmp_path, pairs):
-    folder, out = write_folder(tmp_path / "folder", weights), tmp_path / "new.safetensors"
-    (folder / "tokenizer" / "merges.txt").unlink()
-    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"merges": pairs}}))
-    (folder / "scheduler").mkdir()
     told = folder / "scheduler" / "scheduler_config.json"
-    told.write_text('{"prediction_type": "v_prediction", "rescale_betas_zero_snr": true}')
+    if newer:
+        (folder / "tokenizer" / "merges.txt").unlink()
+        (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"merges": newer}}))
+        told.parent.mkdir()
+        told.write_text('{"prediction_type": "v_prediction", "rescale_betas_zero_snr": true}')
     main([str(folder), "--out", str(out)])
     found = load_weights(out)
+    assert_same(found, weights)
     assert found.tokenizer.merges == MERGES
-    assert found.config.prediction == "v" and found.config.zero_terminal_snr
+    assert found.config.prediction == ("v" if newer else "eps")
+    assert found.config.zero_terminal_snr == bool(newer)
+    told.parent.mkdir(exist_ok=True)
     told.write_text('{"prediction_type": "sample"}')
     with pytest.raises(ValueError, match="predicts sample: expected epsilon or v_prediction"):
         main([str(folder), "--out", str(tmp_path / "other")])
-
-
-def test_a_shard_is_refused_by_name(model, weights, tmp_path):
-    folder = write_folder(tmp_path / "folder", weights)
-    for i in (1, 2):
-        (folder / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors").write_bytes(b"a part")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert_refused(folder, model, "one shard of several: save the model again")
 
 
 def test_objects_of_training_programs_in_a_ckpt_are_skipped(mini, tmp_path, monkeypatch):
@@ -291,9 +280,12 @@ def test_bad_files_are_refused_and_their_code_never_runs(model, tmp_path, capfd,
 
 
 def test_files_that_do_not_exist_are_refused(model, tmp_path, monkeypatch):
-    """So is a folder that lacks a part, and the script ends with one sentence instead of a traceback."""
-    (tmp_path / "folder" / "vae").mkdir(parents=True)
+    """So is a folder that lacks a part, and a shard; the script ends with one sentence, not a traceback."""
+    for part in ("vae", "unet"):
+        (tmp_path / "folder" / part).mkdir(parents=True)
     assert_refused(tmp_path / "folder", model, "no weights at .*unet")
+    (tmp_path / "folder" / "unet" / "model-00001-of-00002.safetensors").write_bytes(b"a part")
+    assert_refused(tmp_path / "folder", model, "one shard of several: save the model again")
     monkeypatch.setattr(sys, "argv", ["convert_sd_weights.py", str(tmp_path / "none.ckpt")])
     with pytest.raises(SystemExit, match=r"^convert_sd_weights.py: no weights at [^\n]*$"):
         runpy.run_path(C.__file__, run_name="__main__")
