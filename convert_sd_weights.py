@@ -93,7 +93,7 @@ def read_tensors(path):
     if os.path.isdir(path):                                 # a part of a diffusers model, and not its .fp16
         files = [str(file) for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin")]
         path = min(files, key=lambda name: (name.endswith(".bin"), len(name)), default=path)
-    if re.search(r"-\d+-of-\d+\.", path):
+    if re.search(r"-\d{5}-of-\d{5}\.\w+$", path):
         raise ValueError(f"{path} is one shard of several: save the model again, in one file")
     if not os.path.isfile(path):
         raise ValueError(f"no weights at {path}: give a .safetensors or .ckpt file, or a diffusers folder")
@@ -138,8 +138,8 @@ def read_model(path, config, parts=("unet", "vae", "text")):
 
 
 def read_merges(path, config):
-    """The tokenizer's pairs, best first, from CLIP's bpe_simple_vocab_16e6.txt.gz, a merges.txt, or the
-    tokenizer.json beside which newer folders have none."""
+    """The tokenizer's pairs, best first, from CLIP's bpe_simple_vocab_16e6.txt.gz, a merges.txt, or a
+    tokenizer.json, which newer folders have in its place."""
     advice = "give --merges bpe_simple_vocab_16e6.txt.gz of openai/CLIP, or merges.txt of a diffusers folder"
     if not os.path.isfile(path):
         raise ValueError(f"no tokenizer at {path}: {advice}")
@@ -162,11 +162,10 @@ def read_scheduler(path, config):
     """The config, as the scheduler of a diffusers folder wants it: some fine-tunes predict v."""
     file = Path(path, "scheduler", "scheduler_config.json")
     told = read_json(file) if file.exists() else {}
-    kind = told.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
+    kind, zero = told.get("prediction_type", "epsilon"), bool(told.get("rescale_betas_zero_snr"))
+    if kind not in ("epsilon", "v_prediction") or zero and kind == "epsilon":     # eps is all of pure noise
         raise ValueError(f"{file} says that the UNet predicts {kind}: expected epsilon or v_prediction")
-    return replace(config, prediction="eps" if kind == "epsilon" else "v",
-                   zero_terminal_snr=bool(told.get("rescale_betas_zero_snr")))
+    return replace(config, prediction="eps" if kind == "epsilon" else "v", zero_terminal_snr=zero)
 
 
 def check(path, tensors):
@@ -287,10 +286,10 @@ def main(argv=None):
     beside = [os.path.join(args.model, "tokenizer", name) for name in ("merges.txt", "tokenizer.json")]
     merges = args.merges or next(filter(os.path.exists, beside), beside[0])
     model.tokenizer = Tokenizer(read_merges(merges, model.config))
-    image_model = {name: tensor for name, tensor in model.state().items() if not is_temporal(name)}
-    if broken := [name for name, tensor in image_model.items() if not tensor.half().isfinite().all()]:
+    kept = lambda name: not is_temporal(name)
+    if broken := [name for name, x in model.state().items() if kept(name) and not x.half().isfinite().all()]:
         raise ValueError(f"{', '.join(broken)} would not be finite in float16: give another checkpoint")
-    save_weights(args.out, model, only=image_model.__contains__, source=found)
+    save_weights(args.out, model, only=kept, source=found)
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 1e9:.1f} GB: use it as --weights {args.out}")
 
 

@@ -26,6 +26,7 @@ import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,27 +174,30 @@ def decode(name, path, work, args):
                 read_square(file, args.size).save(work / "pictures" / f"{i:05d}.png")
             except ValueError as error:
                 return str(error)
-    said = subprocess.run(["ffprobe", "-v", "error", *source, "-select_streams", "V:0", "-show_entries",
-                           "stream=color_transfer"], cwd=work, capture_output=True).stdout
-    hdr = re.search(b"arib-std-b67|smpte2084", said)    # as phones film: HLG or PQ
-    tone = ["zscale=transfer=linear:npl=100", "format=gbrpf32le", "zscale=primaries=bt709", "tonemap=hable",
-            "zscale=transfer=bt709:matrix=bt709:range=tv", "format=yuv420p"] if hdr else []
+    # in a session of its own, or Ctrl-C would end ffmpeg too and the video would look damaged
+    run = partial(subprocess.run, cwd=work, capture_output=True, stdin=subprocess.DEVNULL,
+                  start_new_session=True)
+    curve = run(["ffprobe", "-v", "error", *source, "-select_streams", "V:0", "-show_entries",
+                 "stream=color_transfer"]).stdout
+    tone = []
+    if re.search(b"arib-std-b67|smpte2084", curve):    # HDR as phones film it, HLG or PQ: ITU-R BT.2100
+        tone = ["setparams=color_primaries=bt2020:colorspace=bt2020nc", "zscale=transfer=linear:npl=100",
+                "format=gbrpf32le", "zscale=primaries=bt709", "tonemap=hable",
+                "zscale=transfer=bt709:matrix=bt709:range=tv", "format=yuv420p"]
     # Cuts show best at the video's own frame rate, where neighbours are most alike. Frozen stretches show in
     # the frames that are kept: a file may store a picture that lasts for seconds only once.
     filters = ["settb=AVTB", "setpts=PTS-STARTPTS", f"scdet=threshold={args.cut:g}",
                "metadata=print:key=lavfi.scd.time:file=cuts.txt", f"fps={args.fps:g}", "freezedetect",
-               "metadata=print:file=freezes.txt", *tone, "crop='min(iw,ih/sar)':'min(ih,iw*sar)'",
-               f"scale={args.size}:{args.size}:flags=lanczos", "setsar=1"]
-    # in a session of its own, or Ctrl-C would end ffmpeg too and the video would look damaged
-    done = subprocess.run(["ffmpeg", "-v", "error", "-xerror", "-threads", "1", *source, "-map", "0:V:0",
-                           "-vf", ",".join(filters), "-pix_fmt", "rgb24", "%07d.png"], cwd=work,
-                          capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
+               "metadata=print:file=freezes.txt", "crop='min(iw,ih/sar)':'min(ih,iw*sar)'",
+               f"scale={args.size}:{args.size}:flags=lanczos", *tone, "setsar=1"]
+    done = run(["ffmpeg", "-v", "error", "-xerror", "-threads", "1", *source, "-map", "0:V:0",
+                "-vf", ",".join(filters), "-pix_fmt", "rgb24", "%07d.png"])
     said = done.stderr.decode(errors="replace").splitlines()
     ours = [line for line in said if re.search(
         "No space left|quota exceeded|Cannot allocate|No such filter|Unrecognized option", line)]
     if done.returncode in (-2, -9, -15) or ours:    # the source is not to blame, and is not refused
         raise ValueError(f"ffmpeg stopped at {name}: {(ours or [f'signal {-done.returncode}'])[0]}; it takes "
-                         "version 4.4 and room on the disk, then run this again")
+                         "version 4.4, zscale for HDR, and room on the disk; then run this again")
     if done.returncode or not any(work.glob("*.png")):
         no_frame = f"it has no frame; ffmpeg ended with {done.returncode}"
         return re.sub(r"\[[^\]]* @ \w+\] ", "", said[0]) if said else no_frame
@@ -236,8 +240,8 @@ def prepare_source(name, path, caption, unfinished, args):
 
 def prepare(args):
     """Turn a folder of videos into a folder of clips. If it was interrupted, just run it again."""
-    if not shutil.which("ffmpeg"):
-        raise ValueError("the program ffmpeg was not found: install version 4.4 or newer")
+    if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
+        raise ValueError("the programs ffmpeg and ffprobe were not found: install version 4.4 or newer")
     root, out, paths, texts, sources = args.prepare, args.out, set(), {}, {}
     if root.resolve() == out.resolve():
         raise ValueError(f"{root} has the videos: give another folder as --out")
@@ -252,11 +256,13 @@ def prepare(args):
         for row in read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True):
             inside = os.path.relpath(root / (row["path"] or ""), root)
             if inside.split(os.sep)[0] == "..":
-                raise ValueError(f"{root}/metadata.csv names {row['path']}, not a file in there: leave it out")
-            texts[root / inside] = row["text"] or ""
+                raise ValueError(f"{root}/metadata.csv names {row['path']}, not a file in there: remove it")
+            if row["path"]:
+                texts[root / inside] = row["text"] or ""
     for path in sorted(paths | texts.keys()):    # a file that does not exist is refused below, by name
         # names may be bytes of any kind; those of clips are UTF-8, as they stand in csv files
-        name = Path(os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace"))
+        inside = path.relative_to(root) if path != root else root.resolve().name
+        name = Path(os.fsencode(inside).decode("utf-8", "backslashreplace"))
         beside = Path(f"{path}.txt") if path.is_dir() else path.with_suffix(".txt")
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name.parent.name).lower()    # UCF101: ApplyEyeMakeup
         text = read_text(beside) if beside.exists() else texts.get(path, words)
@@ -264,12 +270,10 @@ def prepare(args):
     if not sources:
         raise ValueError(f"{root} is not a folder with videos, GIFs or folders of pictures in it")
     settings = {flag: getattr(args, flag) for flag in ("size", "fps", "cut")}
-    _, lock = claim(out)
     path = out / "settings.json"
+    _, lock = claim(out, goes_on=path.exists())
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{out} was prepared with {read_json(path)}, not {settings}: give another --out")
-    if not path.exists() and set(os.listdir(out)) - {".lock"}:
-        raise ValueError(f"{out} holds other files: give another --out")
     (out / "dropped.csv").unlink(missing_ok=True)    # without it the folder counts as unfinished
     write_json(path, settings)
     for folder in out.glob(".unfinished_*"):
@@ -360,7 +364,8 @@ def check(folder):
     print("clips that hold every window of a video of",
           ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)))
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
-    print(f"look at {folder}/sheet.png; next: python train.py --stage vae --data {folder}")
+    if clips:
+        print(f"look at {folder}/sheet.png; next: python train.py --stage vae --data {folder}")
 
 
 def content(folder, name):
@@ -516,13 +521,13 @@ def line_plot(path, curves, x_name, y_name, log=False):
     """Up to six curves {name: [(x, y), ...]} as a picture, the legend below; log: the scale of y."""
     def ticks(low, high):    # four to ten numbers 1, 2 or 5 times a power of ten apart
         power = 10.0 ** math.floor(math.log10((high - low) / 4))
-        step = max(m * power for m in (1, 2, 5) if m * power <= (high - low) / 4)
+        step = max((m * power for m in (1, 2, 5) if m * power <= (high - low) / 4), default=power)
         return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
 
     scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
-    points = {name: [(x, scale(y)) for x, y in curve] for name, curve in curves.items()}
-    xs, ys = zip(*[point for curve in points.values() for point in curve])
-    low, high, first, last = min(ys), max(max(ys), min(ys) + 1e-6), min(xs), max(max(xs), min(xs) + 1e-6)
+    points = {name: [(x, scale(y)) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
+    xs, ys = zip(*([point for curve in points.values() for point in curve] or [(0, 0)]))
+    low, high, first, last = min(ys), max(max(ys), min(ys) + 1e-6), min(xs), max(max(xs), min(xs) + 1)
     place = lambda x, y: (70 + 600 * (x - first) / (last - first), 290 - 250 * (y - low) / (high - low))
     image = Image.new("RGB", (700, 340 + 16 * len(points)), "white")
     draw = ImageDraw.Draw(image)
@@ -584,10 +589,11 @@ def read_json(path, *keys):
         raise ValueError(f"{path} is damaged or not a JSON object: {error}") from None
 
 
-def claim(folder, prefix=None):
+def claim(folder, prefix=None, goes_on=True):
     """Create a folder, or without one the next free PREFIX001, and hold it as long as the lock lives.
 
-    Returns (folder, lock). ValueError if another process holds it."""
+    Returns (folder, lock). ValueError if another process holds it or, unless a run goes on there, if anything
+    is in it."""
     n = 1
     while prefix and not folder:
         try:
@@ -607,9 +613,13 @@ def claim(folder, prefix=None):
         raise ValueError(f"another process works in {folder}: wait for it, or give another --out") from None
     except OSError:      # a file system without locks
         pass
-    for pattern in "*.[0-9]*.tmp.*", ".tmp??????":      # of runs, ours and safetensors' names, killed in writing
-        for stale in Path(folder).rglob(pattern):
-            stale.unlink(missing_ok=True)
+    if not goes_on and [name for name in os.listdir(folder) if name[0] != "." and ".tmp" not in name]:
+        raise ValueError(f"{folder} already holds a run, or files of yours: give another --out, or go on as "
+                         "--help says")
+    for place in "", "latents/", "frames/", "samples/":    # of runs that were killed while they wrote
+        for pattern in "*.[0-9]*.tmp.*", ".tmp??????":     # names by `complete`, and by safetensors in it
+            for stale in Path(folder).glob(place + pattern):
+                stale.unlink(missing_ok=True)
     return folder, lock
 
 
@@ -804,14 +814,15 @@ def main(argv=None):
                                 usage="data.py --prepare | --check | --drop_hardest | --preview ... [flags]")
     group = p.add_argument_group("what to do, one of these")
     todo = group.add_mutually_exclusive_group(required=True).add_argument
-    todo("--prepare", metavar="VIDEOS", type=Path, help="make clips of the videos, GIFs and folders of "
+    folder = lambda text: Path(file_name(text))
+    todo("--prepare", metavar="VIDEOS", type=folder, help="make clips of the videos, GIFs and folders of "
          "pictures in a folder; captions: NAME.txt beside NAME.mp4, metadata.csv (path,text), or the folder")
     todo("--check", metavar="DIR", type=file_name, help="show what is in a prepared folder")
     todo("--drop_hardest", type=number(float, 0, 1), metavar="SHARE", help="list the clips of "
          "highest loss, 0.1: a tenth")
     todo("--preview", metavar="FILE", type=file_name, help="draw six sky worlds, a row each, into a picture")
     flag = p.add_argument_group("how").add_argument
-    flag("--out", type=Path, help="folder to prepare in, or file for the list of --drop_hardest")
+    flag("--out", type=folder, help="folder to prepare in, or file for the list of --drop_hardest")
     flag("--fps", type=number(float, 0.001, 1000), default=5.0, help="frames a second to keep (default: 5)")
     flag("--size", type=number(int, 16, 4096), default=64, help="of a frame; for sd15 512 (default: 64)")
     flag("--cut", type=number(float, 0, 100), default=5.0,

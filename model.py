@@ -129,7 +129,7 @@ class PseudoConv3d(nn.Conv2d):
         x = super().forward(x)
         if window is None:                                       # a picture: plain Stable Diffusion
             return x
-        clips = window.clips
+        clips = window.clips                                     # in one process it holds all frames
         wide = clips.fetch(rearrange(x, "(b f) c h w -> b f c h w", b=window.b), clips.halo_places)
         taps = self.temporal(wide.flatten(0, 1))
         before, here, after = rearrange(taps, "(b f) (k c) h w -> k b f c h w", b=window.b, k=3)
@@ -178,10 +178,10 @@ class Block(nn.Sequential):
                 x = layer(x, emb, window)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
-            elif not isinstance(layer, TemporalAttention):
+            elif isinstance(layer, TemporalAttention):
+                x = x if window is None else layer(x, window)
+            else:
                 x = layer(x)
-            elif window is not None:
-                x = layer(x, window)
         return x
 
 
@@ -190,7 +190,7 @@ class UNet(nn.Module):
 
     Every frame has its own noise level (Diffusion Forcing, 2407.01392). `temporal_hint` shows each frame the
     given frames nearest to it, and what `temporal_prior` guesses from them. The output is preconditioned on
-    this guess, so the network only has to learn what is left. Both start closed."""
+    this guess, so the network only has to learn what is left. Both start closed; the prior has its own loss."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim
@@ -281,6 +281,7 @@ class UNet(nn.Module):
             return output, None
         gate, frame_log_std = self.temporal_gate(window.emb.flatten(0, 1))[..., None, None].chunk(2, dim=1)
         gate = gate.tanh()                # saturates near 1: a gate that wavers makes the video flicker
+        # fresh, the gate is 0 and std 1: then precondition returns the output as it is
         mean, std = video(gate * prior), video((log_std + frame_log_std).clamp(-6, 1).exp())
         return precondition(self.schedule, output, x[:, :4], t, mean, std), video(prior)
 

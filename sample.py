@@ -11,7 +11,6 @@ video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work 
 Read `denoise_window` first, then `Sampler.run`: the method is in these two. The rest is files and flags.
 """
 import argparse
-import atexit
 import copy
 import json
 import math
@@ -40,7 +39,7 @@ from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, checksum, complete, 
                    load_weights, plain_errors, read_weights)
 from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, plan_video, share, show
 
-# what a preset uses where the command line is silent
+# what a preset uses where the command line is silent; sd15's are usual ones, not measured here
 DEFAULTS = {"tiny": dict(steps=4, guidance_scale=1.5, aug="none", batch_size=8, decode_chunk=16),
             "sd15": dict(steps=30, guidance_scale=7.5, aug="nsr=0.33", batch_size=1, decode_chunk=1)}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}    # of --mixed_precision
@@ -238,7 +237,6 @@ def processes(backend="gloo"):
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     dist.init_process_group(backend, timeout=timedelta(days=1))   # one may work that long before it answers
-    atexit.register(dist.destroy_process_group)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")   # one process says what happens
     return rank, world
@@ -257,10 +255,7 @@ def sample(args):
     sampler = Sampler(args, rank, world)
     pictures, prompts = read_inputs(args, sampler.model, borders)
     if rank == 0:
-        args.out, lock = data.claim(args.out, "out/sample_")
-        if not args.resume and set(os.listdir(args.out)) - {".lock"}:
-            raise ValueError(f"{args.out} already holds a run, or files of yours: --resume it, or give another "
-                             "--out folder")
+        args.out, lock = data.claim(args.out, "out/sample_", args.resume)
     if world > 1:
         shared = [args.out]
         dist.broadcast_object_list(shared)
@@ -325,7 +320,7 @@ class Store:
         try:
             return load_file(path)["latents"].view(self.shape)
         except (SafetensorError, KeyError, RuntimeError):
-            raise ValueError(f"{path} is damaged: delete it, then --resume makes it again") from None
+            raise ValueError(f"{path} is damaged: delete it, and --resume makes it again") from None
 
     def write(self, frames, latents):
         """Keep latents (4, f, h, w) of these frames."""
@@ -342,7 +337,7 @@ def parse(argv):
     whole, real = partial(data.number, int), partial(data.number, float)
     add = p.add_argument_group("what to make (frames are counted from 0)").add_argument
     add("--frames", type=whole(1, 100_000), default=121, help="length of the video (default: 121)")
-    add("--image", metavar="FILE", type=data.file_name, help="picture for frame 0, of which the middle counts")
+    add("--image", metavar="FILE", type=data.file_name, help="picture for frame 0, cropped to a square")
     add("--world", type=whole(0, 999_999), metavar="N", help="frame 0 and prompt of the N-th test world")
     add("--keyframes", nargs="+", default=[], metavar="FRAME:FILE", help="pictures: 0:a.png 120:b.png")
     add("--loop", action="store_true", help="the last frame leads back into the first")
@@ -388,9 +383,9 @@ def continued(parser, argv, args):
     extend, path = args.extend, os.path.join(args.out or "", "args.json")
     if not args.out or not os.path.exists(path):
         raise ValueError(f"{args.out} holds no run to go on with: give the folder of a run as --out")
-    old = data.read_json(path, "checksum")
-    if old.pop("checksum") != checksum({}, json.dumps(old)):
-        raise ValueError(f"{path} is damaged, or was edited: give another --out and start anew")
+    old = data.read_json(path)
+    if old.pop("checksum", None) != checksum({}, json.dumps(old)):    # of all the rest
+        raise ValueError(f"{path} is damaged, or was edited: give another --out and start again")
     args = parser.parse_args(argv, argparse.Namespace(**old))   # what argv leaves out stays as it was
     free = {"resume", "extend", "out", "device", "plan", "sums", "weights", "temporal", "image"}
     free |= {"prompts"} if extend else set()
@@ -399,11 +394,13 @@ def continued(parser, argv, args):
             raise ValueError(f"the run in {args.out} was started with --{name} {old.get(name)}, now it is "
                              f"{value}: give the same arguments, or another --out folder")
     args.resume, args.extend = True, None
+    done = args.frames if extend else args.known    # frames that no plan makes again
+    written = all(os.path.exists(f"{args.out}/{name}") for n in range(1, done + 1)
+                  for name in (f"frames/{n:05d}.png", f"latents/{n:05d}.safetensors"))
+    if not written or extend and args.loop:
+        raise ValueError(f"{args.out} is a loop, or lacks some of its first {done} frames or latents: "
+                         f"--extend needs a finished video, --resume --out {args.out} finishes one")
     if extend:
-        written = all(os.path.exists(f"{args.out}/{name}") for n in range(1, args.frames + 1)
-                      for name in (f"frames/{n:05d}.png", f"latents/{n:05d}.safetensors"))
-        if args.loop or not written:
-            raise ValueError(f"--extend needs a finished video and no loop: --resume --out {args.out}")
         args.known, args.frames = args.frames, args.frames + extend
     return args
 
@@ -474,11 +471,12 @@ def write_video(args, marks):
         with complete(os.path.join(args.out, "video.mp4")) as path:   # yuv420p, or browsers do not play it
             film = f"file:{os.path.abspath(path)}"
             subprocess.run(["ffmpeg", "-y", "-v", "error", "-xerror", "-framerate", str(args.fps),
-                            "-i", "%05d.png", "-vf", "scale='max(iw,256)':-2:flags=bicubic", "-c:v", "libx264",
-                            "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart", film],
+                            "-i", "%05d.png", "-vf", "scale='max(iw,256)':-2:flags=bicubic",
+                            "-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart",
+                            film],
                            cwd=f"{args.out}/frames", stdin=subprocess.DEVNULL, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
-        print("no video.mp4: install ffmpeg with libx264, then --resume")
+        print("no video.mp4: see above, or install ffmpeg with libx264; then --resume")
     picked = range(0, args.frames, -(-args.frames // 32))
     rows = [picked[i:i + 8] for i in range(0, len(picked), 8)]
     labels = [[f"{frame + 1} {marks.get(frame, '')}" for frame in row] for row in rows]
@@ -494,13 +492,13 @@ def statistics(video):
 
 
 def write_metrics(args, size):
-    """metrics.csv: brightness, contrast, saturation of every frame, of 255. drift.png: how they change, and how
-    those of the truth do, where --world names it."""
+    """metrics.csv: brightness, contrast, saturation of every frame, of 255. drift.png: how they change, and
+    how those of the truth do, where --world names it."""
     names, rows = ["brightness", "contrast", "saturation"], {"": [], ", truth": []}
     for start in range(0, args.frames, args.decode_chunk):     # all of a video may not fit into memory
         frames = range(start, min(start + args.decode_chunk, args.frames))
         videos = {"": torch.from_numpy(read_frames(args.out, frames)).permute(3, 0, 1, 2).float() / 255}
-        if args.world is not None and not args.prompts:
+        if args.world is not None and not (args.prompt or args.prompts or args.keyframes):
             videos[", truth"] = (data.SkyWorld(data.SPLITS["test"] + args.world, size).video(frames) + 1) / 2
         for who, video in videos.items():
             colour = 255 * statistics(video)
@@ -548,3 +546,5 @@ def main(argv=None):
 if __name__ == "__main__":
     with plain_errors("sample.py", "if it has named its folder, --resume --out FOLDER goes on"):
         main()
+    if dist.is_initialized():    # not after an error: nccl would wait for the others, for ever
+        dist.destroy_process_group()

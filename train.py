@@ -222,6 +222,7 @@ def main(argv=None):
                 row |= validation_loss(model, val_batches, args, device)
                 sample_sheet(model, val_batches[0], step, args, device)
             progress.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            progress.set_postfix_str("")
             progress.unpause()      # validation is no part of the speed
         if rank == 0 and ("val_loss" in row or stop):
             save_checkpoint(state, step, [*log, row], args)
@@ -740,3 +741,5 @@ def write_scores(args, model, device, world):
 if __name__ == "__main__":
     with plain_errors("train.py", "--resume auto goes on, or the same command if nothing was saved yet"):
         main()
+    if dist.is_initialized():    # not after an error: nccl would wait for the others, for ever
+        dist.destroy_process_group()

@@ -28,11 +28,12 @@ def levels(n_frames=5, gap=8, world=0):
     new = (frames > 0) & (frames < frames.max())
     text, start = sampler.text([sky.caption()]), torch.tensor([-torch.inf])
     walk, rows, labels = sampler.schedule.levels(sampler.args.steps), [], []
-    for step in range(len(walk)):
+    for step in range(len(walk)):        # before the first step: noise
         x = sample.denoise_window(sampler.model.unet, sampler.schedule, latents, frames, new, text, start,
                                   walk[:step + 1], sampler.args.guidance_scale)
         rows.append(data.to_pixels(sampler.vae("decode", x[0])))
-        labels.append([f"t = {walk[step] if mark else 0}" for mark in new[0]])
+        level = f"t = {walk[step]}" if walk[step] >= 0 else "clean"
+        labels.append([level if mark else "given, t = 0" for mark in new[0]])
     data.contact_sheet(rows, 2, labels).save(f"{ASSETS}/levels.webp", quality=90)
 
 

@@ -200,6 +200,8 @@ def test_hdr_is_mapped_to_the_colours_of_other_videos(tmp_path):
     flat[..., 0] = 160
     for curve in ("bt709", "smpte2084", "arib-std-b67"):
         colours = ["-color_primaries", "bt2020", "-color_trc", curve, "-colorspace", "bt2020nc"]
+        if curve == "smpte2084":     # of odd size, and with the curve alone
+            colours = ["-vf", "scale=63:65", "-color_trc", curve, "-c:v", "libvpx-vp9"]
         encode(tmp_path / "v" / f"{curve}.mp4", "-pix_fmt", "yuv420p10le", *colours, pixels=flat)
     prepare(tmp_path / "v", tmp_path / "out")
     pixel = lambda name: frames_of(tmp_path / "out", f"{name}.mp4/000")[:, 0, 32, 32] * 127.5
@@ -222,6 +224,15 @@ def test_gifs_and_folders_of_pictures_keep_every_frame_for_its_time(tmp_path):
     assert level(f"{folder}/000") == [10 * i for i in range(12)]
     assert level("a.gif/000") == [0] + [10] * 5 + [20] * 2 + [30] * 3
     assert dropped["broken"][0] == "corrupt" and "3.png" in dropped["broken"][1]
+
+
+def test_pictures_beside_folders_of_pictures_are_a_source_too(tmp_path):
+    for folder in (tmp_path / "v", tmp_path / "v" / "sub"):
+        folder.mkdir()
+        for i in range(6):
+            Image.new("RGB", (48, 36), (9 * i, 90, 9 * len(folder.parts))).save(folder / f"{i}.png")
+    found, dropped = prepare(tmp_path / "v", tmp_path / "out")
+    assert {name: clip["frames"] for name, clip in found.items()} == {"sub/000": 6, "v/000": 6}, dropped
 
 
 def test_captions_and_where_a_clip_comes_from(tmp_path):
@@ -260,8 +271,10 @@ def test_files_of_yours_are_never_replaced_and_no_clip_at_all_is_an_error(tmp_pa
         prepare(tmp_path / "v", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "dropped.csv").touch()
-    with pytest.raises(ValueError, match="mine holds other files"):
+    (tmp_path / "mine" / "report.2.tmp.txt").touch()
+    with pytest.raises(ValueError, match="mine already holds a run, or files of yours"):
         prepare(tmp_path / "v", tmp_path / "mine")
+    assert len(os.listdir(tmp_path / "mine")) == 3                         # with .lock
 
 
 def test_a_source_is_not_refused_for_what_ffmpeg_met_and_not_taken_for_another(tmp_path, monkeypatch):
@@ -484,6 +497,14 @@ def test_bad_input_is_named(argv, words, tmp_path, monkeypatch):
 
 
 # --- pictures and the sky world -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("ys", [
+    [2.0, 2.4], [0.3, 0.3], [1.0], [math.nan, 1, math.inf], [], [1e-9, 0, 5e5]], ids=str)
+def test_a_plot_of_anything_is_no_error(tmp_path, ys, log):
+    data.line_plot(tmp_path / "plot.png", {"a": list(enumerate(ys)), "b": []}, "x", "y", log)
+    assert Image.open(tmp_path / "plot.png").size == (700, 372)
+
 
 def test_a_preview_shows_nine_frames_of_six_worlds(tmp_path):
     data.main(["--preview", str(tmp_path / "sheet.png"), "--size", "16"])

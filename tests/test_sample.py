@@ -305,9 +305,15 @@ def test_a_run_goes_on_with_its_own_files_only(tmp_path, restless_weights, small
     latents, told = tmp_path / "run" / "latents" / "00002.safetensors", tmp_path / "run" / "args.json"
     latents.write_bytes(b"damaged")
     (tmp_path / "run" / "frames" / "00002.png").unlink()
-    with pytest.raises(ValueError, match="00002.safetensors is damaged: delete it, then --resume"):
+    with pytest.raises(ValueError, match="00002.safetensors is damaged: delete it, and --resume"):
         sample.main([*resume, str(tmp_path / "moved")])
-    told.write_text(told.read_text().replace('"frames": 2', '"frames": "abc"'))
+    latents.unlink()
+    sample.main([*resume, str(tmp_path / "moved")])                      # it is made again
+    sample.main(["--extend", "1", "--out", str(tmp_path / "run")])
+    latents.unlink()
+    with pytest.raises(ValueError, match="lacks some of its first 2 frames or latents"):
+        sample.main(resume[:-1])                                         # no plan makes it again
+    told.write_text(told.read_text().replace('"frames": 3', '"frames": "abc"'))
     with pytest.raises(ValueError, match="args.json is damaged, or was edited"):
         sample.main(resume[:-1])
 
