@@ -399,7 +399,7 @@ def continued(parser, argv, args):
                   for name in (f"frames/{n:05d}.png", f"latents/{n:05d}.safetensors"))
     if not written or extend and args.loop:
         raise ValueError(f"{args.out} is a loop, or lacks some of its first {done} frames or latents: "
-                         f"--extend needs a finished video, --resume --out {args.out} finishes one")
+                         f"--extend needs a finished video and no loop: --resume --out {args.out}")
     if extend:
         args.known, args.frames = args.frames, args.frames + extend
     return args
