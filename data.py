@@ -253,12 +253,12 @@ def prepare(args):
         if not ours and not files_in(folder, VIDEOS) and len(files_in(folder, PICTURES)) > 1:
             paths.add(Path(folder))
     if (root / "metadata.csv").exists():
-        for row in read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True):
-            inside = os.path.relpath(root / (row["path"] or ""), root)
+        rows = read_csv(root / "metadata.csv", "path", "text", skipinitialspace=True)
+        for row in [row for row in rows if row["path"]]:
+            inside = os.path.relpath(root / row["path"], root)
             if inside.split(os.sep)[0] == "..":
                 raise ValueError(f"{root}/metadata.csv names {row['path']}, not a file in there: remove it")
-            if row["path"]:
-                texts[root / inside] = row["text"] or ""
+            texts[root / inside] = row["text"] or ""
     for path in sorted(paths | texts.keys()):    # a file that does not exist is refused below, by name
         # names may be bytes of any kind; those of clips are UTF-8, as they stand in csv files
         inside = path.relative_to(root) if path != root else root.resolve().name
@@ -616,7 +616,7 @@ def claim(folder, prefix=None, goes_on=True):
     if not goes_on and [name for name in os.listdir(folder) if name[0] != "." and ".tmp" not in name]:
         raise ValueError(f"{folder} already holds a run, or files of yours: give another --out, or go on as "
                          "--help says")
-    for place in "", "latents/", "frames/", "samples/":    # of runs that were killed while they wrote
+    for place in ("", "latents/", "frames/", "samples/") if goes_on else ():    # what killed runs left
         for pattern in "*.[0-9]*.tmp.*", ".tmp??????":     # names by `complete`, and by safetensors in it
             for stale in Path(folder).glob(place + pattern):
                 stale.unlink(missing_ok=True)

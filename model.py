@@ -190,7 +190,7 @@ class UNet(nn.Module):
 
     Every frame has its own noise level (Diffusion Forcing, 2407.01392). `temporal_hint` shows each frame the
     given frames nearest to it, and what `temporal_prior` guesses from them. The output is preconditioned on
-    this guess, so the network only has to learn what is left. Both start closed; the prior has its own loss."""
+    this guess, so the network only has to learn what is left. Both start closed; the prior has a loss too."""
     def __init__(self, config):
         super().__init__()
         c, widths, emb = config, config.widths, config.emb_dim

@@ -61,14 +61,14 @@ def parse(argv):
     flag("--stage", required=True, choices=("vae", "image", *VIDEO_STAGES))
     flag("--preset", default="tiny", choices=list(PRESETS), help="default %(default)s")
     flag("--weights", metavar="FILE", type=file_name, help="to start from; default assets/tiny.safetensors")
-    flag("--temporal", metavar="FILE", help="temporal layers to start from; default fresh ones")
+    flag("--temporal", metavar="FILE", type=file_name, help="temporal layers to start with; default fresh")
     flag("--out", metavar="DIR", type=file_name, help="folder of this run; default out/STAGE")
     flag("--export", metavar="FILE", type=file_name, help="also write the whole model, for sample.py")
-    flag("--resume", metavar="auto|FILE", help="go on from the checkpoint in --out (auto) or from a file")
+    flag("--resume", metavar="auto|FILE", type=file_name, help="go on from a checkpoint; auto: in --out")
     flag = p.add_argument_group("what to train on").add_argument
     flag("--data", metavar="DIR", type=file_name, help="clips of yours, by data.py; default sky worlds")
-    flag("--drop", metavar="LIST", help="clips of --data to leave out, from data.py --drop_hardest")
-    flag("--score", metavar="FILE", help="do not train: write the losses of the clips of --data here")
+    flag("--drop", metavar="LIST", type=file_name, help="clips to leave out, from data.py --drop_hardest")
+    flag("--score", metavar="FILE", type=file_name, help="do not train: write the losses of all clips here")
     flag("--worlds", type=whole(1, 1_000_000), help="number of sky worlds; default by stage")
     flag("--frames", type=whole(1, 100_000), help="train on windows of videos this long; default by stage")
     flag("--aug_max", type=whole(0, 999), default=250, help="highest noise augmentation; default %(default)s")
@@ -567,11 +567,15 @@ def finish(model, next_batch, args, minutes, val):
         if args.lora_rank:
             merge_lora(whole, lora)
         save_weights(args.export, whole, **about)
-    base = "" if args.weights == TINY_WEIGHTS else f"--weights {args.weights} "
-    use = f"--weights {args.export}" if args.export else f"{base}--temporal {path}"
-    then = {stage: f"train.py --stage {more} --weights {path}" + (f" --data {args.data}" if args.data else "")
-            for stage, more in (("vae", "image"), ("image", "video"))}
-    print("next: python", then.get(args.stage, f"sample.py --frames 121 {use}"))
+    if args.stage in ("vae", "image"):
+        then = f"train.py --stage {'image' if args.stage == 'vae' else 'video'} --weights {path}"
+        then += f" --data {args.data}" if args.data else ""
+    elif args.export:
+        then = f"sample.py --frames 121 --weights {args.export}"
+    else:
+        base = "" if args.weights == TINY_WEIGHTS else f" --weights {args.weights}"
+        then = f"sample.py --frames 121{base} --temporal {path}"
+    print(f"next: python {then}")
 
 
 # --- memory -------------------------------------------------------------------------------------------------
