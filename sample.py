@@ -6,7 +6,8 @@
 
 A run leaves one folder: args.json, latents/ and frames/ with a file per frame, video.gif, video.webp,
 video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv. Nothing but the plan grows in memory with the
-video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work and gives the same bytes.
+video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work and gives the same bytes, if
+each process has as many threads (OMP_NUM_THREADS): sums in other numbers of threads round otherwise.
 
 Read `denoise_window` first, then `Sampler.run`: the method is in these two. The rest is files and flags.
 """
