@@ -361,8 +361,9 @@ def check(folder):
     clips = read_clips(folder)
     lengths = [clip["frames"] for clip in clips.values()]
     print(f"{folder}: {len(clips)} clips; {sum(lengths)} frames, {max(lengths, default=0)} in the longest")
-    print("clips that hold every window of a video of",
-          ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)))
+    print("clips long enough for a video of",
+          ", ".join(f"{n} frames: {sum(frames >= n for frames in lengths)}" for n in (17, 31, 61, 121, 241)),
+          "(shorter ones train its shorter windows)")
     show_clips(folder, "sheet.png", [(name, clip["caption"], "") for name, clip in clips.items()])
     if clips:
         print(f"look at {folder}/sheet.png; next: python train.py --stage vae --data {folder}")

@@ -493,7 +493,8 @@ def save_checkpoint(state, step, rows, args):
     data.write_csv(f"{args.out}/log.csv", [columns, *([row.get(key) for key in columns] for row in rows)])
     train, val = ([(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "val_loss"))
     mean = [(train[i][0], sum(loss for _, loss in train[i - 19:i + 1]) / 20) for i in range(19, len(train))]
-    curves = ({"training": mean} if mean else {}) | {"validation": val}    # the last one is drawn on top
+    curves = {"training, mean of 20 steps": mean} if mean else {}
+    curves["validation, always on the same frames"] = val    # the last one is drawn on top
     data.line_plot(os.path.join(args.out, "loss.png"), curves, "step", "loss", log=True)
     parameters, ema, optimizer, scaler = state
     everything = {"model": parameters, "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
