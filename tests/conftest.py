@@ -11,7 +11,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import train  # noqa: E402
 from model import PRESETS, Model, is_temporal, load_weights, save_weights  # noqa: E402
+
+# validation takes most of the time of a run of few steps: one noise level per quarter of the range will do
+train.LEVELS = train.LEVELS[1::2]
 
 # tests that start several processes fork them from one that has imported all this once, and done nothing else
 multiprocessing.set_forkserver_preload(["train", "sample", "torch._dynamo"])

@@ -69,7 +69,6 @@ def folder(tmp_path, monkeypatch, small_weights, small_config):
     for script in (sample, train):
         monkeypatch.setattr(script, "TINY_WEIGHTS", small_weights)
     monkeypatch.setattr(sample, "FIRST_FRAME_STEPS", 1)
-    monkeypatch.setattr(train, "LEVELS", [125, 375, 625, 875])
     monkeypatch.setitem(model.PRESETS, "tiny", small_config)
     monkeypatch.setitem(model.PRESETS, "sd15", sd15)
     image_model = {key: x for key, x in model.Model.build(sd15).state().items() if not model.is_temporal(key)}
