@@ -357,7 +357,8 @@ def prepare_data(args, model, split, device):
     if args.data:
         clips = data.folder_clips(args.data, model, args.stage, split, args.drop)
         args.clips = checksum({}, args.clips, clips.key, *model.tokenizer.merges)    # a run keeps its clips
-        print(f"{split}: {sum(clips.lengths)} frames of {len(clips.names)} clips in {args.data}")
+        print(f"{split}: {sum(clips.lengths)} frames of {len(clips.names)} clips in {args.data}, such as "
+              f"{', '.join(clips.names[:3])}")
     else:
         n = args.worlds if split == "train" else min(16, args.worlds)
         worlds = range(data.SPLITS[split], data.SPLITS[split] + n)
