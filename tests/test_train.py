@@ -250,6 +250,16 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(prepared):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
+def test_another_seed_trains_on_other_windows_and_validates_on_the_same(tmp_path, train_argv):
+    """Or the losses of two runs would not compare."""
+    args = [train.parse(train_argv(tmp_path, seed=seed)) for seed in (0, 1)]
+    model = train.prepare_model(args[0])
+    batches = lambda split: [train.prepare_data(each, model, split, CPU)(0) for each in args]
+    same = [all(torch.equal(one[key], other[key]) for key in ("x0", "frames", "given"))
+            for one, other in map(batches, ("val", "train"))]
+    assert same == [True, False]
+
+
 def test_the_learning_rate_warms_up_and_comes_down_to_zero():
     """A line up over 50 steps, half a cosine down to 0 at the last step, never above the peak."""
     args = train.parse(["--stage", "vae", "--max_steps", "500", "--learning_rate", "1"])
