@@ -41,15 +41,16 @@ from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, checksum, complete, 
 from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, plan_video, share, show
 
 # what a preset uses where the command line is silent; sd15's are usual ones, not measured here
-DEFAULTS = {"tiny": dict(steps=4, guidance_scale=1.5, aug="none", batch_size=8, decode_chunk=16),
-            "sd15": dict(steps=30, guidance_scale=7.5, aug="nsr=0.33", batch_size=1, decode_chunk=1)}
+DEFAULTS = {
+    "tiny": dict(steps=4, guidance_scale=1.5, temperature=0.5, aug="none", batch_size=8, decode_chunk=16),
+    "sd15": dict(steps=30, guidance_scale=7.5, temperature=1.0, aug="nsr=0.33", batch_size=1, decode_chunk=1)}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}    # of --mixed_precision
 FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps than a frame beside others
 
 
 @torch.no_grad()
 def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, levels, scale=1.0, seeds=(0,),
-                   t_given=None, eta=0.0, clips=None):
+                   t_given=None, eta=0.0, clips=None, temperature=1.0):
     """Make the new frames of a batch of windows.   latents (b, 4, f, h, w) -> the same shape
 
     latents  hold the given frames, which come back bit for bit; what they hold at new frames is ignored
@@ -59,7 +60,8 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
     levels   the noise levels that new frames walk down: [999, 749, 499, 249, -1]
     t_given  (b, f) noise augmentation: the level that each given frame is raised to; 0, the default, is clean
     eta      0 is DDIM, 1 adds fresh noise at every step, like DDPM (see `ddim_step`)
-    clips    a `ClipParallel`: which clip of the windows this process has, and which frames attend to which"""
+    clips    a `ClipParallel`: which clip of the windows this process has, and which frames attend to which
+    temperature  new frames start as noise times this: below 1 their error is lower and seeds differ less"""
     pick = lambda mask, a, b: torch.where(mask[:, None, :, None, None], a, b)
     t_given = torch.zeros_like(frames) if t_given is None else t_given
 
@@ -75,7 +77,7 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
     kept, noised = latents, ~new & (t_given > 0)
     if noised.any():
         kept = pick(noised, schedule.q_sample(latents, t_given, noise("aug")), latents)
-    x = pick(new, noise("start"), kept)
+    x = pick(new, temperature * noise("start"), kept)
     for step, (level, next_level) in enumerate(zip(levels, levels[1:])):
         t, t_prev = torch.where(new, level, t_given), torch.where(new, next_level, t_given)
         output = unet(rows(x), rows(t), context, rows(frames), rows(~new), rows(prompt_start), clips=clips)
@@ -177,19 +179,23 @@ class Sampler:
         first, tensor = batch[0], lambda rows: torch.tensor(rows, device=self.device)
         segments = [bisect_right(borders, window.new[0]) - 1 for window in batch]
         prompt_start = tensor([borders[segment] if segment else -math.inf for segment in segments])
-        # Without given frames, fresh noise lets later steps mend early mistakes (2206.00364, section 4).
-        steps, eta = (self.args.steps, 0.0) if first.given else (max(self.args.steps, FIRST_FRAME_STEPS), 1.0)
+        steps, eta, temperature = self.args.steps, 0.0, self.args.temperature
+        if not first.given:
+            # a picture from nothing has all of its noise; fresh noise lets later steps mend early mistakes
+            # (2206.00364, section 4)
+            steps, eta, temperature = max(steps, FIRST_FRAME_STEPS), 1.0, 1.0
         rank, world = (self.rank, self.world) if first.joint else (0, 1)
         clips = ClipParallel(share(len(first.frames), world), rank, *self.scope)   # of 1: the whole window
         rows = [window.frames[clips.here] for window in batch]                                     # (b, f)
         frames, ours = tensor(rows), tensor([[frame not in user for frame in row] for row in rows])
         new = tensor([[frame in window.new for frame in row] for row, window in zip(rows, batch)])
+        t_given = torch.where(ours & ~new, self.aug, 0)      # the user's frames stay clean
         latents = torch.stack([store.read(row) for row in rows]).to(self.device)
         with self.autocast():
             latents = denoise_window(
                 self.model.unet, self.schedule, latents, frames, new, [context[segments] for context in text],
                 prompt_start, self.schedule.levels(steps), self.args.guidance_scale, [seed] * len(batch),
-                torch.where(ours & ~new, self.aug, 0), eta, clips).cpu()   # the user's frames stay clean
+                t_given, eta, clips, temperature).cpu()
         if not torch.isfinite(latents).all():
             raise ValueError(f"frames {first.new} came out as numbers that are not finite: try "
                              "--mixed_precision no, in another --out folder")
@@ -356,6 +362,8 @@ def parse(argv):
         help="a frame attends to so many on either side, and to so many all over its window (default: all)")
     add("--steps", type=whole(1, 1000), help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
     add("--guidance_scale", type=real(-100, 100), help="1: off, fast (default: 1.5 for tiny, 7.5 for sd15)")
+    add("--temperature", type=real(0, 1), help="new frames beside given ones start as noise times this; "
+        "lower: steadier, and seeds differ less (default: 0.5 for tiny, 1 for sd15)")
     add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha, default for sd15), "
         "snr=9.2, abar=0.9, t=94 or none (default for tiny)")
     add("--weights", metavar="FILE", type=data.file_name, help="(default: the tiny model in assets/)")

@@ -25,7 +25,8 @@ import data  # noqa: E402
 import sample  # noqa: E402
 from model import checksum, look_around  # noqa: E402
 
-COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "aug", "weights", "temporal")
+COMPARED = ("frames", "schedule", "max_stride", "steps", "guidance_scale", "temperature", "aug", "weights",
+            "temporal")
 BASELINES = ("VAE round trip", "copy first frame", "blend true ends", "cubic, every 4th true")
 SPANS = ((1, 8), (30, 43), (60, 73), (108, 121), (228, 241), (468, 481))    # of frames, for the PSNR
 
@@ -199,7 +200,8 @@ def write(args, cells, measured):
     first = next(iter(cells.values()))
     strips, parts = {}, [
         f"{args.worlds} {args.split} worlds, {first.steps} steps, guidance {first.guidance_scale:g}, "
-        f"--aug {first.aug} unless a row says otherwise: median [95 % interval]"]
+        f"temperature {first.temperature:g}, --aug {first.aug} unless a row says otherwise: "
+        "median [95 % interval]"]
     for n, results in measured.items():
         parts.append(table(f"{n} frames", {name: [world["row"] for world in worlds]
                                            for name, (_, worlds) in results.items()}))

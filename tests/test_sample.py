@@ -74,6 +74,14 @@ def test_given_frames_are_noised_to_their_level_and_the_network_is_told():
     assert torch.equal(seen[0][0][1, :, 3], frame_noise(6, 12, LATENTS[0, :, 0].shape))
 
 
+def test_temperature_is_how_much_noise_new_frames_start_from():
+    """Half of the noise at 0.5; given frames stay as they are."""
+    seen = []
+    denoise(lambda x, *_, clips: seen.append(x) or x, temperature=0.5)
+    assert torch.equal(seen[0][1, :, 3], 0.5 * frame_noise(6, 12, LATENTS[0, :, 0].shape))
+    assert torch.equal(seen[0][:, :, [0, 2, 4]], LATENTS[:, :, [0, 2, 4]])
+
+
 def test_guidance_of_one_asks_once_and_more_leads_from_the_negative_prompt_to_the_prompt():
     """Scale 1 is the prompt alone; the output is linear in the scale."""
     asked = []
@@ -157,6 +165,16 @@ def test_a_seed_fixes_every_byte_and_batches_change_only_rounding(tmp_path, rest
     assert np.array_equal(first, again) and abs(first - single).max() <= 1 and abs(first - other).max() > 9
 
 
+def test_without_noise_a_seed_changes_nothing_and_a_first_picture_has_all_of_it(tmp_path, restless_weights):
+    """At temperature 0 all follows from the first frame. A picture from nothing has a temperature of 1."""
+    make = lambda *flags: pixels(run(tmp_path / " ".join(flags), restless_weights, "--temperature=0", *flags,
+                                     frames=5)).astype(int)
+    one, two = make("--world=1", "--seed=1"), make("--world=1", "--seed=2")
+    assert np.array_equal(one, two)
+    one, two = make("--prompt=day"), make("--prompt=day", "--temperature=1")
+    assert np.array_equal(one[0], two[0]) and abs(one[1:] - two[1:]).max() > 9
+
+
 def test_pictures_are_cropped_and_turned_and_one_that_fits_comes_back_unchanged(tmp_path, restless_weights):
     """Frame 1 is the user's picture, bit for bit: no round trip through the VAE."""
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -231,7 +249,7 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
     monkeypatch.setattr(sample, "merge_lora", lambda _, *item: (merged.append(item), (1, []))[1])
     args = sample.parse(["--weights", restless_weights, "--guidance_scale", "2", "--lora", "a.b", "C:c:0.5"])
     sampler = sample.Sampler(args)
-    assert (args.steps, args.guidance_scale, args.aug) == (4, 2, "none")
+    assert (args.steps, args.guidance_scale, args.temperature, args.aug) == (4, 2, 0.5, "none")
     assert sampler.schedule.levels(4) == [999, 749, 499, 249, -1] and merged == [("a.b", 1.0), ("C:c", 0.5)]
 
 
