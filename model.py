@@ -703,7 +703,7 @@ class TextEncoder(nn.Module):
         self.encoder = named(layers=nn.Sequential(*layers))
         self.final_layer_norm = nn.LayerNorm(width)
         for embedding in self.embeddings.values():
-            # narrow rows need larger numbers to be told apart from the first step on
+            # narrow rows need larger numbers to be told apart; no stage trains them
             nn.init.normal_(embedding.weight, std=0.02 if width > 256 else 0.3)
 
     def forward(self, tokens):

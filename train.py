@@ -313,10 +313,10 @@ def prepare_model(args):
     torch.manual_seed(args.seed)
     if args.stage == "vae":
         return Model.build(PRESETS[args.preset])
-    if args.stage == "image":                             # a fresh UNet and text encoder around a trained VAE
+    if args.stage == "image":                             # a fresh UNet and text encoder beside a trained VAE
         config, _, about, tensors = read_weights(args.weights)
         captions = [clip["caption"] for clip in data.read_clips(args.data).values()] if args.data else [
-            data.SkyWorld(i).caption(30 * i) for i in range(args.worlds)]            # at all times of day
+            data.SkyWorld(i).caption() for i in range(args.worlds)]
         merges = Tokenizer.learn(captions)                                           # a token for every word
         model = Model.build(replace(config, vocabulary=514 + len(merges)), merges)
         model.about = about | ({"prompt": captions[0]} if args.data and captions else {})
@@ -332,14 +332,18 @@ def prepare_model(args):
 
 
 def freeze_the_rest(model, args):
-    """What a stage trains, {name: parameter}, LoRA if asked. Freezes the rest, stores it as flags say."""
+    """What a stage trains, {name: parameter}, LoRA if asked. Freezes the rest, stores it as flags say.
+
+    No stage trains a text encoder. SD's comes trained. That of tiny keeps its random numbers, which tell its
+    few words apart; trained on pictures, it would blur words that only videos explain, like `left`."""
     trainable = {}
     if args.lora_rank:
         add_lora(model.unet, args.lora_rank)
     for part, network in model.networks().items():
         for name, parameter in network.named_parameters():
-            temporal = part == "unet" and (is_temporal(name) or ".lora." in name)   # what video stages train
-            trains = {"vae": part == "vae", "image": part != "vae" and not temporal}.get(args.stage, temporal)
+            temporal = is_temporal(name) or ".lora." in name          # what video stages train
+            image_model = part == "unet" and not temporal
+            trains = {"vae": part == "vae", "image": image_model}.get(args.stage, temporal)
             parameter.requires_grad_(trains)
             if trains:
                 trainable[f"{part}.{name}"] = parameter
@@ -392,9 +396,7 @@ def embed(model, batch, seed=None):
     draws, device = random.Random(seed), batch["x0"].device
     captions = ["" if seed is not None and draws.random() < CAPTION_DROPOUT else caption
                 for caption in batch["captions"]]
-    if any(parameter.requires_grad for parameter in model.text.parameters()):
-        return model.context(captions)
-    for caption in {*captions} - model.remembered.keys():    # a frozen encoder reads a caption only once
+    for caption in {*captions} - model.remembered.keys():    # the encoder is frozen: it reads a caption once
         with torch.autocast(device.type, enabled=False):
             model.remembered[caption] = model.context([caption])[0]
     return torch.stack([model.remembered[caption] for caption in captions]).to(device)

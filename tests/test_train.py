@@ -157,6 +157,14 @@ def test_a_video_stage_trains_temporal_layers_and_nothing_else(tmp_path, little_
     assert keys and all(is_temporal(key) and key.startswith(PREFIXES["unet"]) for key in keys)
 
 
+@pytest.mark.parametrize("stage, part", [("vae", "vae"), ("image", "unet"), ("interp", "unet")])
+def test_no_stage_trains_the_text_encoder(prepared, stage, part):
+    """The VAE, then the image model in the UNet, then its temporal layers; words keep their meaning."""
+    trainable = prepared(stage=stage)[2]
+    assert {name.split(".")[0] for name in trainable} == {part}
+    assert {is_temporal(name) for name in trainable} == {stage == "interp"}
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["sky worlds", "own clips"])
 def test_every_stage_runs_and_the_last_leaves_a_model_that_loads(
         tmp_path, little_config, train_argv, monkeypatch, own_clips, own):
@@ -268,14 +276,12 @@ def test_the_learning_rate_warms_up_and_comes_down_to_zero():
     assert rates[49:] == sorted(rates[49:], reverse=True)
 
 
-def test_a_frozen_text_encoder_reads_a_caption_once(little_weights, monkeypatch):
+def test_the_text_encoder_reads_a_caption_once(little_weights, monkeypatch):
     """What it said is used again; a caption that was dropped has the embedding of none."""
     model, batch = load_weights(little_weights), {"captions": ["a", "b", "c"], "x0": torch.zeros(3)}
+    model.text.requires_grad_(False)                                   # as every stage does
     known, none = (torch.cat([model.context([caption]) for caption in captions]).detach()
                    for captions in ("abc", [""]))
-    model.text.requires_grad_(True)                                    # as the image stage does
-    assert train.embed(model, batch).requires_grad and not model.remembered
-    model.text.requires_grad_(False)
     assert torch.equal(train.embed(model, batch), known)
     monkeypatch.setattr(train, "CAPTION_DROPOUT", 0.5)
     draws = [train.embed(model, batch, seed) for seed in range(9)]
