@@ -689,11 +689,6 @@ def interpolate(texture, places, axis):
     return np.take(texture, left % n, axis) * (1 - part) + np.take(texture, (left + 1) % n, axis) * part
 
 
-def sideways(x, centre):
-    """How far x lies to the right of `centre`, in widths, the shorter way around the cylinder."""
-    return (x - centre + 0.5) % 1 - 0.5
-
-
 def time_of_day(hour):
     """The word for an hour from 0 to 1, midnight to midnight."""
     hour = (hour - 0.2) % 1 + 0.2
@@ -704,8 +699,8 @@ class SkyWorld:
     """A procedural timelapse: sun, moon, clouds, two ridges and one to three balloons on the wind.
 
     A frame is a pure function of (seed, frame, size): the truth is known, so drift can be measured. `wind` is
-    the signed speed of clouds and balloons. What leaves on the right comes back on the left. In a restless
-    world the light now and then runs fast, to another time of day."""
+    the signed speed of clouds and balloons. Clouds that leave on one side come back on the other; balloons that
+    leave are gone. In a restless world the light now and then runs fast, to another time of day."""
     def __init__(self, seed, size=64, restless=False):
         rng = np.random.default_rng([20230709, seed])
         self.seed, self.size = seed, size
@@ -714,8 +709,8 @@ class SkyWorld:
         self.wind = WIND[self.pace] * (1 if self.heading == "right" else -1)
         self.cover = list(CLOUDS)[rng.integers(3)]
         self.colours = list(rng.permutation(list(BALLOONS))[:rng.integers(1, 4)])
-        n = len(self.colours)
-        self.columns = rng.random() + (np.arange(n) + rng.uniform(-0.15, 0.15, n)) / 3  # x, never too close
+        n, r = len(self.colours), BALLOON_RADIUS
+        self.columns = np.arange(n) / n + rng.uniform(r, 1 / n - r, n)                  # x, never too close
         self.heights = rng.uniform(0.14, 0.52, n)                                       # y at frame 0 and
         self.sinking = rng.uniform(-0.06, 0.06, n) / 64                                 # its speed
         rng, frame, told = np.random.default_rng([20230712, seed]), 0, time_of_day(self.start)
@@ -725,7 +720,8 @@ class SkyWorld:
             now = self.hour(frame)
             told = rng.choice([name for name in TIMES if name not in (told, time_of_day(now))])
             self.rushes = np.append(self.rushes, frame)
-            self.skipped = np.append(self.skipped, sideways(rng.uniform(*TIMES[told]), now))   # shorter way
+            ahead = (rng.uniform(*TIMES[told]) - now + 0.5) % 1 - 0.5      # or back, the shorter way
+            self.skipped = np.append(self.skipped, ahead)
 
     def hour(self, frames, rush=RUSH):
         """Time of day in [0, 1) at absolute frame indices; rush: frames that a rush takes, 1 for a jump."""
@@ -735,15 +731,16 @@ class SkyWorld:
 
     def caption(self, frame=0):
         """What the world shows at a frame, in words; during a rush, where that leads."""
-        time, balloons = time_of_day(self.hour(frame, 1)), (f"{colour} balloon" for colour in self.colours)
-        return f"wind {self.heading} {self.pace}, {self.cover} clouds, {time}, {', '.join(balloons)}"
+        parts = [f"wind {self.heading} {self.pace}", f"{self.cover} clouds", time_of_day(self.hour(frame, 1))]
+        inside = [0 < x < 1 for x in self.balloons(np.array([frame]))[:, 0, 0]]
+        return ", ".join(parts + [f"{colour} balloon" for colour, seen in zip(self.colours, inside) if seen])
 
     def balloons(self, frames):
         """Centres of the balloons at frames (f,): (n, f, 2) as (x, y). They ride the wind, rise and sink."""
         x, y, speed = (values[:, None] for values in (self.columns, self.heights, self.sinking))
         low, span = 0.12, 0.55 - 0.12                       # a triangle wave: reflected at both bounds
         height = low + span - np.abs((y + speed * frames - low) % (2 * span) - span)
-        return np.stack([(x + self.wind * frames) % 1, height], axis=-1)
+        return np.stack([x + self.wind * frames, height], axis=-1)
 
     def lamps(self, frames):
         """Centres of the sun and the moon at frames (f,): (2, f, 2) as (x, y). Each is up for half a day."""
@@ -757,7 +754,7 @@ class SkyWorld:
         y = x[:, None]                                              # and (H, 1)
         cells = (np.arange(self.size) + 0.5) / self.size * 256 - 0.5    # pixels on the textures
         rgb = lambda *colour: np.float32(colour).reshape(3, 1, 1, 1)
-        distance_to = lambda centre: np.sqrt(sideways(x, centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2)
+        distance_to = lambda centre: np.sqrt((x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2)
         inside = lambda distance: np.clip(distance * self.size / 1.5 + 0.5, 0, 1)        # edges are soft
         hour, hours, colours = self.hour(frames), PALETTE[:, 0], PALETTE[:, 1:].T / 255
         mixed = np.float32([np.interp(hour, hours, colour, period=1) for colour in colours])
@@ -767,8 +764,8 @@ class SkyWorld:
         paint = lambda colour, opacity: np.add(image, opacity * (colour - image), out=image)
 
         sun, moon = np.float32(self.lamps(frames))[..., None, None]                      # (f, 2, 1, 1)
-        for centre, radius, colour, glow in ((sun, 0.062, rgb(1, 0.95, 0.74), 0.5),
-                                             (moon, 0.05, rgb(0.92, 0.93, 1), 0.2)):
+        for centre, radius, colour, glow in ((sun, 0.085, rgb(1, 0.95, 0.74), 0.5),
+                                             (moon, 0.07, rgb(0.92, 0.93, 1), 0.2)):
             distance = distance_to(centre)
             halo = glow * np.exp(-(distance / 0.16) ** 2)
             paint(colour, np.maximum(halo, inside(radius - distance)))
@@ -801,7 +798,7 @@ class SkyWorld:
             trail = [(0.8 - 0.12 * age) * inside((0.24 - 0.02 * age) * r - distance_to(centre[i] + below))
                      for age, centre in enumerate(past)]
             paint(0.5 + 0.5 * colour, np.maximum.reduce(trail))
-            dx, dy = abs(sideways(x, now[i, :, 0])), abs(y - now[i, :, 1] - 1.3 * r)     # of the basket
+            dx, dy = abs(x - now[i, :, 0]), abs(y - now[i, :, 1] - 1.3 * r)              # of the basket
             paint(light * rgb(0.35, 0.24, 0.16), inside(np.minimum(0.24 * r - dx, 0.2 * r - dy)))
             shine = np.exp(-(distance_to(now[i] + up_left) / (0.5 * r)) ** 2)
             paint(colour + 0.45 * shine * (1 - colour), inside(r - distance_to(now[i])))

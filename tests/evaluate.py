@@ -54,11 +54,10 @@ def cloud_pixels(video, world):
     """Which pixels of the upper half show neither a balloon nor the sun or moon: bool (f, H/2, W)."""
     _, f, h, w = video.shape
     hidden = torch.stack([balloon_pixels(video, colour) for colour in world.colours]).any(0)
-    hidden = F.pad(hidden.float(), (3, 3), mode="circular")            # the world is a cylinder
-    hidden = F.max_pool2d(hidden, 7, stride=1, padding=(3, 0)) > 0     # the trail and the basket too
+    hidden = F.max_pool2d(hidden.float(), 7, stride=1, padding=3) > 0  # the trail and the basket too
     x, y = (torch.arange(w) + 0.5) / w, (torch.arange(h)[:, None] + 0.5) / h
     for lamp in torch.from_numpy(world.lamps(np.arange(f))).float()[..., None, None]:  # (f, 2, 1, 1)
-        hidden |= data.sideways(x, lamp[:, 0]) ** 2 + (y - lamp[:, 1]) ** 2 < 0.15 ** 2  # with its glow
+        hidden |= (x - lamp[:, 0]) ** 2 + (y - lamp[:, 1]) ** 2 < 0.15 ** 2            # with its glow
     return ~hidden[:, : h // 2]
 
 
@@ -67,7 +66,8 @@ def speed(video, world, lag=8):
 
     The shift that best explains the sky `lag` frames later, searched from -0.5 to 2 times the truth."""
     sky = video.mean(0)[:, : video.shape[2] // 2]  # (f, rows, W)
-    sky = sky - F.avg_pool1d(F.pad(sky, (12, 12), mode="circular"), 25, stride=1)   # light does not drift
+    sky = sky - F.avg_pool1d(F.pad(sky, (12, 12), mode="circular"), 25, stride=1)   # light does not drift;
+    # circular: clouds that leave on one side come back on the other
     clear = cloud_pixels(video, world)
     multiples = torch.linspace(-0.5, 2, 51)
     freqs = torch.fft.rfftfreq(sky.shape[2])
@@ -81,11 +81,16 @@ def speed(video, world, lag=8):
     return multiples[torch.stack(wrong).argmin()].item()
 
 
-def persistence(video, world):
-    """Share of frames and balloons where at least a third of the balloon's disc can be found: 0 to 1."""
-    disc = torch.pi * (data.BALLOON_RADIUS * video.shape[-1]) ** 2
-    found = [balloon_pixels(video, colour).sum((1, 2)) > disc / 3 for colour in world.colours]
-    return torch.stack(found).float().mean().item()
+def persistence(video, world, part):
+    """Share of frames and balloons where at least a third of the balloon's disc can be found: 0 to 1. For each
+    balloon, the last `part` frames count that should show all of its disc."""
+    n, r = video.shape[1], data.BALLOON_RADIUS
+    found = []
+    for colour, x in zip(world.colours, world.balloons(np.arange(n))[..., 0]):
+        frames = np.flatnonzero((r < x) & (x < 1 - r))[-part:]
+        size = balloon_pixels(video[:, frames], colour).sum((1, 2))
+        found.append(size > torch.pi * (r * video.shape[-1]) ** 2 / 3)
+    return torch.cat(found).float().mean().item()
 
 
 def measure(video, truth, world, plan):
@@ -108,7 +113,7 @@ def measure(video, truth, world, plan):
         "colour": drift(colour), "sharp": drift(sharp),
         "flicker": (bends.median() / true_bends.median()).item(),
         "boundary": (bends[at].median() / true_bends[at].median()).item() if at else float("nan"),
-        "speed": speed(video, world), "persistence": persistence(video[:, -part:], world),
+        "speed": speed(video, world), "persistence": persistence(video, world, part),
         **{f"psnr {a}-{b - 1}": psnr[a:b].mean().item() for a, b in SPANS if b <= n},
     }, {"colour": colour, "sharp": sharp, "psnr": psnr}
 

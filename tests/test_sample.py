@@ -386,6 +386,14 @@ def test_truth_measured_against_itself_is_perfect():
     assert 0.9 <= np.median([row["speed"] for row in rows]) <= 1.1
 
 
+def test_a_balloon_that_left_the_picture_is_not_lost():
+    """It counts while all of it is inside; after that nothing more is asked of it."""
+    world = next(w for w in map(data.SkyWorld, range(99)) if w.pace == "fast")
+    assert "balloon" in world.caption(0) and "balloon" not in world.caption(240)
+    video = (world.video(np.arange(241)) + 1) / 2
+    assert evaluate.persistence(video, world, part=36) == 1
+
+
 def degraded(kind, video, world):
     """A video with one known fault, most of them growing towards its end."""
     frame = torch.arange(video.shape[1]).view(1, -1, 1, 1)
@@ -398,7 +406,7 @@ def degraded(kind, video, world):
     grey = video.mean(0, keepdim=True).expand_as(video)   # no balloon keeps its hue
     return {"brightness": video + 0.2 * strength, "boundaries": video + 0.03 * (frame // 4 % 2),
             "freeze": video[:, frame.flatten().clamp(max=5)], "half speed": world.video(np.arange(61) / 2),
-            "colourless": torch.where(strength > 0.5, grey, video)}[kind]
+            "colourless": grey}[kind]
 
 
 @pytest.mark.parametrize("kind, metric, low, high", [
