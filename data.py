@@ -699,8 +699,8 @@ class SkyWorld:
     """A procedural timelapse: sun, moon, clouds, two ridges and one to three balloons on the wind.
 
     A frame is a pure function of (seed, frame, size): the truth is known, so drift can be measured. `wind` is
-    the signed speed of clouds and balloons. Clouds that leave on one side come back on the other; balloons that
-    leave are gone. In a restless world the light now and then runs fast, to another time of day."""
+    the signed speed of clouds and balloons. Clouds that leave on one side come back on the other; balloons
+    that leave are gone. In a restless world the light now and then runs fast, to another time of day."""
     def __init__(self, seed, size=64, restless=False):
         rng = np.random.default_rng([20230709, seed])
         self.seed, self.size = seed, size

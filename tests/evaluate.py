@@ -82,8 +82,8 @@ def speed(video, world, lag=8):
 
 
 def persistence(video, world, part):
-    """Share of frames and balloons where at least a third of the balloon's disc can be found: 0 to 1. For each
-    balloon, the last `part` frames count that should show all of its disc."""
+    """Share of frames and balloons where at least a third of the balloon's disc can be found: 0 to 1. For
+    each balloon, the last `part` frames count that should show all of its disc."""
     n, r = video.shape[1], data.BALLOON_RADIUS
     found = []
     for colour, x in zip(world.colours, world.balloons(np.arange(n))[..., 0]):

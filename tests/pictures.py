@@ -30,7 +30,8 @@ def levels(n_frames=5, gap=8, world=0):
     walk, rows, labels = sampler.schedule.levels(sampler.args.steps), [], []
     for step in range(len(walk)):        # before the first step: noise
         x = sample.denoise_window(sampler.model.unet, sampler.schedule, latents, frames, new, text, start,
-                                  walk[:step + 1], sampler.args.guidance_scale, temperature=sampler.args.temperature)
+                                  walk[:step + 1], sampler.args.guidance_scale,
+                                  temperature=sampler.args.temperature)
         rows.append(data.to_pixels(sampler.vae("decode", x[0])))
         level = f"t = {walk[step]}" if walk[step] >= 0 else "clean"
         labels.append([level if mark else "given, t = 0" for mark in new[0]])
