@@ -56,7 +56,7 @@ class Clips:
     key: str = None                  # a hash of everything that batches depend on beyond the command line
 
     def windows(self, shapes, seed, step, batch_size):
-        """A batch of random windows of a plan, all of as many frames, at random places of clips. Where the
+        """A batch of random windows of a plan, all of one length, at random places of clips. Where the
         prompt can change between the given and the new frames, it does half of the time. shapes: [(share,
         windows)], from `schedule.window_shapes` for videos no longer than the longest clip."""
         rng = np.random.default_rng([seed, step])
@@ -79,7 +79,7 @@ class Clips:
         return self.batch(rows)
 
     def batch(self, rows):
-        """A batch of rows (window, clip, start: where its plan begins in the clip), all of as many frames."""
+        """A batch of rows (window, clip, start: where its plan begins in the clip), all of one length."""
         frames = torch.tensor([window.frames for window, _, _ in rows])
         given = torch.tensor([[frame in window.given for frame in window.frames] for window, _, _ in rows])
         first = torch.tensor([[window.depth == 0] for window, _, _ in rows])   # nothing is made before these

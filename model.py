@@ -310,7 +310,7 @@ class WindowInfo:
     hint: torch.Tensor       # (b f, 9, h, w) nearest given latents before and after; is it given itself
     since: torch.Tensor      # (b f, 2) frames since the given one before (>= 0) and the one after (<= 0)
     share: torch.Tensor      # (b f, 2) weight of each of the two in a linear blend; 0 where there is none
-    blend: torch.Tensor      # (b f, 4, h, w) cubic through two given frames on either side, else the nearest
+    blend: torch.Tensor      # (b f, 4, h, w) polynomial through up to two given frames on either side
 
 
 class FrameEmbedding(nn.Module):
@@ -395,7 +395,7 @@ def look_around(embed, x, t, context, frames=None, given=None, prompt_start=None
 class FlowPrior(nn.Module):
     """A guess at each frame: the given ones around it, moved along a flow and relit, mixed with their cubic.
 
-    Nothing else moves things: the image model is frozen, temporal layers look at one pixel at a time. Convs
+    Little else moves things: the image model is frozen, temporal layers look at one pixel at a time. Convs
     say how fast every latent moves; times the distance in frames, that is where it was in a given frame."""
     def __init__(self, emb_dim, width=64):
         super().__init__()
@@ -554,7 +554,7 @@ def keep_activations(eight_bit, home, dtype):
 
 # --- several devices, one window: clip parallelism, dual-scope attention (Tan et al. 2406.16260) ------------
 class ClipParallel:
-    """Processes share a window: each has a clip of its frames and fetches from the others what it lacks.
+    """Processes share a window: each has a part of its frames, a clip, and fetches what it lacks from others.
 
     lens: how many frames each process has. rank: which process this is. The scope of temporal attention: each
     frame sees the frames up to `radius` places away, and `n_global` spread evenly over the window."""

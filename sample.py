@@ -7,7 +7,7 @@
 A run leaves one folder: args.json, latents/ and frames/ with a file per frame, video.gif, video.webp,
 video.mp4 (with ffmpeg), sheet.png, drift.png and metrics.csv. Nothing but the plan grows in memory with the
 video. `torchrun --standalone --nproc_per_node=2 sample.py ...` shares the work and gives the same bytes, if
-each process has as many threads (OMP_NUM_THREADS): sums in other numbers of threads round otherwise.
+all have as many threads (OMP_NUM_THREADS): other numbers of threads round sums differently.
 
 Read `denoise_window` first, then `Sampler.run`: the method is in these two. The rest is files and flags.
 """
@@ -40,7 +40,7 @@ from model import (TEXT_TOKENS, TINY_WEIGHTS, ClipParallel, checksum, complete, 
                    load_weights, plain_errors, read_weights)
 from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, plan_video, share, show
 
-# what a preset uses where the command line is silent; sd15's are usual ones, not measured here
+# what a preset uses where the command line is silent; sd15's are usual ones, aug lxj616's: not measured here
 DEFAULTS = {
     "tiny": dict(steps=4, guidance_scale=1.5, temperature=0.5, aug="none", batch_size=8, decode_chunk=16),
     "sd15": dict(steps=30, guidance_scale=7.5, temperature=1.0, aug="nsr=0.33", batch_size=1, decode_chunk=1)}
@@ -60,7 +60,7 @@ def denoise_window(unet, schedule, latents, frames, new, text, prompt_start, lev
     levels   the noise levels that new frames walk down: [999, 749, 499, 249, -1]
     t_given  (b, f) noise augmentation: the level that each given frame is raised to; 0, the default, is clean
     eta      0 is DDIM, 1 adds fresh noise at every step, like DDPM (see `ddim_step`)
-    clips    a `ClipParallel`: which clip of the windows this process has, and which frames attend to which
+    clips    a `ClipParallel`: which part of the windows this process has, and which frames attend to which
     temperature  new frames start as noise times this: below 1 their error is lower and seeds differ less"""
     pick = lambda mask, a, b: torch.where(mask[:, None, :, None, None], a, b)
     t_given = torch.zeros_like(frames) if t_given is None else t_given
@@ -152,7 +152,7 @@ class Sampler:
 
     @torch.no_grad()
     def run(self, plan, store, text, seed, user=(0,), borders=(0,)):
-        """Run this process's share of a plan. The `user` frames are in the store; what is made there is kept.
+        """Run this process's share of a plan. The `user` frames are in the store; what it holds is kept.
         text: a row per segment of the video; segments begin at the frames `borders`."""
         # Batches depend neither on what is done nor on the number of processes: same matrices, same rounding.
         kind = lambda window: (window.depth, window.stage, len(window.frames))

@@ -28,9 +28,9 @@ from functools import partial
 from itertools import chain, groupby
 
 STAGES = ("starter", "extrap", "interp")
-WIDTH = 7     # the most frames of a hierarchical window
+WIDTH = 7     # the most frames of a hierarchical window: 4 given, 3 new
 RATIO = 4     # an infill window makes its gap 4 times finer: 3 new frames
-LONGEST = 8   # the most frames of a window that one device makes alone
+LONGEST = 8   # autoregressive's widest window; devices share longer ones
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def user_frames(n_frames, given) -> list[int]:
 
 
 def keyframe_stride(n_frames, max_stride) -> int:
-    """The distance between keyframes: the smallest power of 4 with which one window spans the video."""
+    """Distance between keyframes: the least power of 4 whose window spans the video, at most max_stride."""
     stride = 1
     while stride * (WIDTH - 1) < n_frames - 1 and stride * RATIO <= max_stride:
         stride *= RATIO
@@ -247,8 +247,8 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     """What a stage trains on: [(share, windows)], lists of windows and how often to draw from each.
 
     They are the windows of plans for n_frames, a half and a quarter of it; equal but for a shift, they count
-    once. "video" is all stages; "vae" and "image" see single frames. The window that starts a video is drawn
-    often: all others build on it."""
+    once. "video" is all stages; "vae" and "image" see single frames. What is made first is drawn
+    most: starters, extensions, coarse infill."""
     if stage in ("vae", "image"):
         return [(1, [FIRST_FRAME])]
     needed = shortest_clip(stage)

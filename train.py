@@ -128,7 +128,7 @@ def denoising_loss(model, batch, seed, args, part=slice(None), levels=None, unet
 
     # Every frame has its own noise level. The new frames of a window share one, uniform over the schedule.
     # Given frames get a little noise (noise augmentation), because in sampling the model has made them and
-    # they are not perfect; one time in five they get none. Frames given by the user are always clean.
+    # they are not perfect: mostly little, hence the cube, and often none. Those of the user are always clean.
     t_new = torch.randint(0, T, (b, 1), generator=generator)
     t_given = (args.aug_max * torch.rand(b, 1, generator=generator) ** 3).round().long()
     t_given = t_given * (torch.rand(b, 1, generator=generator) > 0.2)
