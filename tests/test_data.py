@@ -525,7 +525,7 @@ def test_a_frame_does_not_depend_on_the_others_and_little_on_the_size():
 def test_clouds_drift_as_the_caption_says():
     """Edges in the upper half of a frame match an earlier frame best when the wind has moved them."""
     for world in [w for w in map(SkyWorld, range(60)) if w.pace == "slow" and w.cover == "many"]:
-        world.colours, world.lamps = [], lambda frames: np.full((2, len(frames), 2), 9.0)   # nothing but clouds
+        world.colours, world.lamps = [], lambda frames: np.full((2, len(frames), 2), 9.0)    # only clouds
         upper = world.video([0, 25])[:, :, :32]                          # 25 frames x 0.12 pixels = 3 pixels
         edges = upper - upper.roll(1, 3)
         match = [(edges[:, 0].roll(shift, 2) * edges[:, 1]).sum() for shift in range(-8, 9)]
