@@ -150,12 +150,16 @@ class Sampler:
                 raise ValueError(f"the VAE cannot {way} this: its numbers, or its weights, are not finite")
         return out[0].float().cpu()
 
+    def guidance(self, window):
+        """Off in infill, which follows the frames around it: there it would double the work for little."""
+        return self.args.guidance_scale if window.gap > self.args.max_stride else 1.0
+
     @torch.no_grad()
     def run(self, plan, store, text, seed, user=(0,), borders=(0,)):
         """Run this process's share of a plan. The `user` frames are in the store; what it holds is kept.
         text: a row per segment of the video; segments begin at the frames `borders`."""
         # Batches depend neither on what is done nor on the number of processes: same matrices, same rounding.
-        kind = lambda window: (window.depth, window.stage, len(window.frames))
+        kind = lambda window: (window.depth, window.stage, self.guidance(window), len(window.frames))
         batches, size, loaded = [], self.args.batch_size, None
         for _, group in groupby(sorted(plan, key=kind), kind):
             group = list(group)
@@ -194,7 +198,7 @@ class Sampler:
         with self.autocast():
             latents = denoise_window(
                 self.model.unet, self.schedule, latents, frames, new, [context[segments] for context in text],
-                prompt_start, self.schedule.levels(steps), self.args.guidance_scale, [seed] * len(batch),
+                prompt_start, self.schedule.levels(steps), self.guidance(first), [seed] * len(batch),
                 t_given, eta, clips, temperature).cpu()
         if not torch.isfinite(latents).all():
             raise ValueError(f"frames {first.new} came out as numbers that are not finite: try "
@@ -361,7 +365,8 @@ def parse(argv):
     add("--scope", type=whole(0), nargs=2, metavar=("RADIUS", "GLOBAL"),
         help="a frame attends to so many on either side, and to so many all over its window (default: all)")
     add("--steps", type=whole(1, 1000), help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
-    add("--guidance_scale", type=real(-100, 100), help="1: off, fast (default: 1.5 for tiny, 7.5 for sd15)")
+    add("--guidance_scale", type=real(-100, 100),
+        help="how far to exaggerate the prompt, except in infill; 1: off (default: 1.5 tiny, 7.5 sd15)")
     add("--temperature", type=real(0, 1), help="new frames beside given ones start as noise times this; "
         "lower: steadier, and seeds differ less (default: 0.5 for tiny, 1 for sd15)")
     add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha, default for sd15), "
@@ -523,7 +528,7 @@ def write_metrics(args, size):
 
 @torch.no_grad()
 def show_memory(args, plan):
-    """Print the peak memory of the networks, which take turns on the device, for the widest windows."""
+    """Print the peak memory of the networks, which take turns on the device: full batches, widest windows."""
     from train import FakeTensorMode, MemoryMeter    # train.py imports this file
     sampler, frames = Sampler(args), max([len(window.frames) for window in plan], default=1)
     model, rows = sampler.model, 1 if args.schedule == "joint" else args.batch_size

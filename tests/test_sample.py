@@ -243,6 +243,22 @@ def test_stage_files_make_the_windows_of_their_stage_and_untrained_layers_are_me
     assert not np.array_equal(plain[interp], mixed[interp])
 
 
+@pytest.mark.parametrize("flags, keyframes", [([], {16, 29}),
+                                              (["--loop", "--max_stride=4"], {*range(4, 30, 4)})])
+def test_keyframes_take_guidance_and_infill_none(tmp_path, restless_weights, monkeypatch, flags, keyframes):
+    """A loop's keyframes, too, which have given frames on both sides."""
+    denoise_window, guided = sample.denoise_window, {}
+
+    def recorded(unet, schedule, latents, frames, new, text, prompt_start, levels, scale, *rest):
+        guided.update(dict.fromkeys(frames[new].tolist(), scale == 2))
+        assert scale in (1, 2)
+        return denoise_window(unet, schedule, latents, frames, new, text, prompt_start, levels, scale, *rest)
+
+    monkeypatch.setattr(sample, "denoise_window", recorded)
+    run(tmp_path / "run", restless_weights, "--world=0", "--guidance_scale=2", *flags, frames=30)
+    assert guided == {frame: frame in keyframes for frame in range(1, 30)}
+
+
 def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(restless_weights, monkeypatch):
     """Steps, guidance and noise augmentation; LoRA files are merged at their scale."""
     merged = []
