@@ -656,11 +656,10 @@ SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # first seed of each
 DAY = 480                                      # frames from one midnight to the next, in every world
 TIMES = {"dawn": (0.2, 0.31), "day": (0.31, 0.69), "dusk": (0.69, 0.81), "night": (0.81, 1.2)}   # in days
 RUSH = 32                                      # frames in which a restless world skips a part of a day
-WIND = {"slow": 0.12 / 64, "fast": 0.24 / 64}  # speed of clouds and balloons
+WIND = {"slow": 0.08 / 64, "fast": 0.16 / 64}  # speed of clouds and balloons
 CLOUDS = {"few": 76, "some": 60, "many": 42}   # percentile of the cloud texture that stays clear sky
 BALLOONS = {"red": (226, 38, 44), "green": (38, 170, 70), "violet": (166, 52, 200), "yellow": (252, 206, 32)}
 BALLOON_RADIUS = 0.095
-TRAIL = (10, 20, 30, 40, 50)                   # the trail shows where the balloon was so many frames ago
 PALETTE = np.array([  # time of day (0 midnight, 0.5 noon); colours of the zenith, the horizon, the light
     (0.00, 26, 32, 74, 58, 66, 118, 104, 116, 168),
     (0.17, 32, 36, 84, 78, 74, 128, 112, 112, 160),
@@ -710,9 +709,8 @@ class SkyWorld:
         self.cover = list(CLOUDS)[rng.integers(3)]
         self.colours = list(rng.permutation(list(BALLOONS))[:rng.integers(1, 4)])
         n, r = len(self.colours), BALLOON_RADIUS
-        self.columns = np.arange(n) / n + rng.uniform(r, 1 / n - r, n)                  # x, never too close
-        self.heights = rng.uniform(0.14, 0.52, n)                                       # y at frame 0 and
-        self.sinking = rng.uniform(-0.06, 0.06, n) / 64                                 # its speed
+        self.columns = np.arange(n) / n + rng.uniform(r, 1 / n - r, n)    # x of the balloons, never too close
+        self.heights = rng.uniform(0.14, 0.52, n)                         # y of the balloons
         rng, frame, told = np.random.default_rng([20230712, seed]), 0, time_of_day(self.start)
         self.rushes, self.skipped = np.array([], int), np.array([])    # first frames; parts of a day
         while restless and frame < 2 * DAY:
@@ -732,15 +730,12 @@ class SkyWorld:
     def caption(self, frame=0):
         """What the world shows at a frame, in words; during a rush, where that leads."""
         parts = [f"wind {self.heading} {self.pace}", f"{self.cover} clouds", time_of_day(self.hour(frame, 1))]
-        inside = [0 < x < 1 for x in self.balloons(np.array([frame]))[:, 0, 0]]
+        inside = [0 < x < 1 for x in self.balloons([frame])[:, 0]]
         return ", ".join(parts + [f"{colour} balloon" for colour, seen in zip(self.colours, inside) if seen])
 
     def balloons(self, frames):
-        """Centres of the balloons at frames (f,): (n, f, 2) as (x, y). They ride the wind, rise and sink."""
-        x, y, speed = (values[:, None] for values in (self.columns, self.heights, self.sinking))
-        low, span = 0.12, 0.55 - 0.12                       # a triangle wave: reflected at both bounds
-        height = low + span - np.abs((y + speed * frames - low) % (2 * span) - span)
-        return np.stack([x + self.wind * frames, height], axis=-1)
+        """x of the balloons' centres at frames (f,): (n, f). They ride the wind and keep their height."""
+        return self.columns[:, None] + self.wind * np.asarray(frames)
 
     def lamps(self, frames):
         """Centres of the sun and the moon at frames (f,): (2, f, 2) as (x, y). Each is up for half a day."""
@@ -754,7 +749,6 @@ class SkyWorld:
         y = x[:, None]                                              # and (H, 1)
         cells = (np.arange(self.size) + 0.5) / self.size * 256 - 0.5    # pixels on the textures
         rgb = lambda *colour: np.float32(colour).reshape(3, 1, 1, 1)
-        distance_to = lambda centre: np.sqrt((x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2)
         inside = lambda distance: np.clip(distance * self.size / 1.5 + 0.5, 0, 1)        # edges are soft
         hour, hours, colours = self.hour(frames), PALETTE[:, 0], PALETTE[:, 1:].T / 255
         mixed = np.float32([np.interp(hour, hours, colour, period=1) for colour in colours])
@@ -766,7 +760,7 @@ class SkyWorld:
         sun, moon = np.float32(self.lamps(frames))[..., None, None]                      # (f, 2, 1, 1)
         for centre, radius, colour, glow in ((sun, 0.085, rgb(1, 0.95, 0.74), 0.5),
                                              (moon, 0.07, rgb(0.92, 0.93, 1), 0.2)):
-            distance = distance_to(centre)
+            distance = np.hypot(x - centre[:, 0], y - centre[:, 1])
             halo = glow * np.exp(-(distance / 0.16) ** 2)
             paint(colour, np.maximum(halo, inside(radius - distance)))
 
@@ -789,19 +783,15 @@ class SkyWorld:
         grass = light * rgb(0.20, 0.30, 0.22) * (1 + 0.9 * np.clip((y - near) / 0.2, 0, 1))
         paint(grass, inside(y - near))
 
-        # balloons are lit from inside and keep their colour at night; centres are (n, f, 2, 1, 1)
-        now, *past = [np.float32(self.balloons(frames - lag))[..., None, None] for lag in (0, *TRAIL)]
+        # balloons are lit from inside and keep their colour at night
         r = np.float32(BALLOON_RADIUS)
-        below, up_left = np.float32([[0, 1.15 * r], [-0.35 * r, -0.4 * r]])[..., None, None]
-        for i, name in enumerate(self.colours):
+        for name, columns, height in zip(self.colours, np.float32(self.balloons(frames)), self.heights):
+            dx, dy = x - columns[:, None, None], y - np.float32(height)      # from its centre
+            basket = np.minimum(0.24 * r - abs(dx), 0.2 * r - abs(dy - 1.3 * r))
+            paint(light * rgb(0.35, 0.24, 0.16), inside(basket))
             colour = rgb(*BALLOONS[name]) / 255 * (0.72 + 0.28 * light.mean(0))
-            trail = [(0.8 - 0.12 * age) * inside((0.24 - 0.02 * age) * r - distance_to(centre[i] + below))
-                     for age, centre in enumerate(past)]
-            paint(0.5 + 0.5 * colour, np.maximum.reduce(trail))
-            dx, dy = abs(x - now[i, :, 0]), abs(y - now[i, :, 1] - 1.3 * r)              # of the basket
-            paint(light * rgb(0.35, 0.24, 0.16), inside(np.minimum(0.24 * r - dx, 0.2 * r - dy)))
-            shine = np.exp(-(distance_to(now[i] + up_left) / (0.5 * r)) ** 2)
-            paint(colour + 0.45 * shine * (1 - colour), inside(r - distance_to(now[i])))
+            shine = np.exp(-((dx + 0.35 * r) ** 2 + (dy + 0.4 * r) ** 2) / (0.5 * r) ** 2)
+            paint(colour + 0.45 * shine * (1 - colour), inside(r - np.hypot(dx, dy)))
         return torch.from_numpy(np.clip(image, 0, 1) * 2 - 1)
 
 

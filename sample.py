@@ -42,7 +42,7 @@ from schedule import FIRST_FRAME, PLANNERS, STAGES, assign, by_frame, costs, pla
 
 # what a preset uses where the command line is silent; sd15's are usual ones, aug lxj616's: not measured here
 DEFAULTS = {
-    "tiny": dict(steps=4, guidance_scale=1.5, temperature=0.5, aug="none", batch_size=8, decode_chunk=16),
+    "tiny": dict(steps=8, guidance_scale=1.5, temperature=0.1, aug="none", batch_size=8, decode_chunk=16),
     "sd15": dict(steps=30, guidance_scale=7.5, temperature=1.0, aug="nsr=0.33", batch_size=1, decode_chunk=1)}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}    # of --mixed_precision
 FIRST_FRAME_STEPS = 50      # at least: a picture from nothing needs more steps than a frame beside others
@@ -364,11 +364,11 @@ def parse(argv):
     add("--max_stride", type=whole(1), default=16, help="most frames from keyframe to keyframe (default: 16)")
     add("--scope", type=whole(0), nargs=2, metavar=("RADIUS", "GLOBAL"),
         help="a frame attends to so many on either side, and to so many all over its window (default: all)")
-    add("--steps", type=whole(1, 1000), help="DDIM steps of a window (default: 4 for tiny, 30 for sd15)")
+    add("--steps", type=whole(1, 1000), help="DDIM steps of a window (default: 8 for tiny, 30 for sd15)")
     add("--guidance_scale", type=real(-100, 100),
         help="how far to exaggerate the prompt, except in infill; 1: off (default: 1.5 tiny, 7.5 sd15)")
     add("--temperature", type=real(0, 1), help="new frames beside given ones start as noise times this; "
-        "lower: steadier, and seeds differ less (default: 0.5 for tiny, 1 for sd15)")
+        "lower: steadier, and seeds differ less (default: 0.1 for tiny, 1 for sd15)")
     add("--aug", help="noise on given frames that the model made: nsr=0.33 (sigma/alpha, default for sd15), "
         "snr=9.2, abar=0.9, t=94 or none (default for tiny)")
     add("--weights", metavar="FILE", type=data.file_name, help="(default: the tiny model in assets/)")

@@ -30,6 +30,8 @@ from itertools import chain, groupby
 STAGES = ("starter", "extrap", "interp")
 WIDTH = 7     # the most frames of a hierarchical window: 4 given, 3 new
 RATIO = 4     # an infill window makes its gap 4 times finer: 3 new frames
+# how often training draws a window of each kind, mostly keyframes; infill is fine in gaps of RATIO at most
+SHARES = {"starter": 3, "extrap": 4, "coarse": 2, "fine": 1}
 LONGEST = 8   # autoregressive's widest window; devices share longer ones
 
 
@@ -247,8 +249,7 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
     """What a stage trains on: [(share, windows)], lists of windows and how often to draw from each.
 
     They are the windows of plans for n_frames, a half and a quarter of it; equal but for a shift, they count
-    once. "video" is all stages; "vae" and "image" see single frames. What is made first is drawn
-    most: starters, extensions, coarse infill."""
+    once. "video" is all stages; "vae" and "image" see single frames."""
     if stage in ("vae", "image"):
         return [(1, [FIRST_FRAME])]
     needed = shortest_clip(stage)
@@ -256,19 +257,17 @@ def window_shapes(stage, n_frames: int) -> list[tuple[int, list[Window]]]:
         raise ValueError(f"no {stage} window fits in {n_frames} frames: train on clips of {needed} or more")
     half, quarter = (n_frames + 1) // 2, (n_frames + 3) // 4
     plans = lambda *lengths: [*map(hierarchical, lengths), *[hierarchical(n, (0, n - 1)) for n in lengths]]
-    sources = [(plans(n_frames), {"starter": 6, "extrap": 4, "coarse": 6, "fine": 2}),
-               ([autoregressive(n_frames)], {"starter": 2, "extrap": 2, "coarse": 2, "fine": 2}),
-               (plans(half, quarter), {"starter": 1, "extrap": 3, "coarse": 1, "fine": 1})]
+    sources = [(2, plans(n_frames)), (1, [autoregressive(n_frames)]), (1, plans(half, quarter))]
     shapes = []
-    for source, shares in sources:
-        seen, kinds = set(), {kind: [] for kind in shares}
+    for weight, source in sources:
+        seen, kinds = set(), {kind: [] for kind in SHARES}
         for window in chain.from_iterable(source):
             shape = tuple((frame - window.frames[0], frame in window.new) for frame in window.frames)
             if stage in (window.stage, "video") and window.frames[-1] < n_frames and shape not in seen:
                 seen.add(shape)
                 infill = "fine" if window.gap <= RATIO else "coarse"
                 kinds[infill if window.stage == "interp" else window.stage].append(window)
-        shapes += [(shares[kind], windows) for kind, windows in kinds.items() if windows]
+        shapes += [(weight * SHARES[kind], windows) for kind, windows in kinds.items() if windows]
     return shapes
 
 

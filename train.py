@@ -46,7 +46,7 @@ VIDEO_STAGES = ("starter", "extrap", "interp", "video")
 # defaults of each stage: steps, batch size, peak learning rate, worlds, frames
 DEFAULTS = {"vae": (3000, 16, 2e-3, 1024, 121), "image": (6000, 32, 1e-3, 4096, 121),
             "video": (10_000, 6, 2e-3, 512, 481), "starter": (400, 6, 2e-3, 128, 121),
-            "extrap": (400, 6, 2e-3, 128, 121), "interp": (240, 6, 1e-3, 96, 121)}
+            "extrap": (400, 6, 2e-3, 128, 121), "interp": (240, 6, 2e-3, 96, 121)}
 SD15_DEFAULTS = (20_000, 1, 1e-4, 0, 121)         # of its video stages: a place to start from, not measured
 LEVELS = [62, 187, 312, 437, 562, 687, 812, 937]  # noise levels of validation: two per quarter of the range
 WARMUP_STEPS, MAX_GRAD_NORM, EMA_DECAY = 50, 1.0, 0.998

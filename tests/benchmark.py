@@ -184,7 +184,7 @@ def main(argv=None):
     flag("--time", action="store_true", help="seconds of a training step")
     flag("--sample", action="store_true", help="seconds of a run of sample.py")
     flag("--other", metavar="PATH", help="another checkout of this project to measure")
-    flag("--flags", default="--frames 121 --steps 4", help="of sample.py; default %(default)s")
+    flag("--flags", default="--frames 121", help="of sample.py; default %(default)s")
     flag("--other_flags", metavar="FLAGS", help="of the other sample.py; default those of --flags")
     flag("--preset", default="sd15", choices=("sd15", "tiny"))
     flag("--stage", default="starter", help="of the memory table: starter has 7 frames; default %(default)s")

@@ -54,7 +54,7 @@ def cloud_pixels(video, world):
     """Which pixels of the upper half show neither a balloon nor the sun or moon: bool (f, H/2, W)."""
     _, f, h, w = video.shape
     hidden = torch.stack([balloon_pixels(video, colour) for colour in world.colours]).any(0)
-    hidden = F.max_pool2d(hidden.float(), 7, stride=1, padding=3) > 0  # the trail and the basket too
+    hidden = F.max_pool2d(hidden.float(), 7, stride=1, padding=3) > 0  # the basket too
     x, y = (torch.arange(w) + 0.5) / w, (torch.arange(h)[:, None] + 0.5) / h
     for lamp in torch.from_numpy(world.lamps(np.arange(f))).float()[..., None, None]:  # (f, 2, 1, 1)
         hidden |= (x - lamp[:, 0]) ** 2 + (y - lamp[:, 1]) ** 2 < 0.15 ** 2            # with its glow
@@ -86,7 +86,7 @@ def persistence(video, world, part):
     each balloon, the last `part` frames count that should show all of its disc."""
     n, r = video.shape[1], data.BALLOON_RADIUS
     found = []
-    for colour, x in zip(world.colours, world.balloons(np.arange(n))[..., 0]):
+    for colour, x in zip(world.colours, world.balloons(np.arange(n))):
         frames = np.flatnonzero((r < x) & (x < 1 - r))[-part:]
         size = balloon_pixels(video[:, frames], colour).sum((1, 2))
         found.append(size > torch.pi * (r * video.shape[-1]) ** 2 / 3)

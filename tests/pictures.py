@@ -20,8 +20,9 @@ ASSETS = os.path.join(ROOT, "assets")
 
 
 def levels(n_frames=5, gap=8, world=0):
-    """The levels of a window while it is denoised, a row per step: the first and the last frame are given."""
-    sampler = sample.Sampler(sample.parse([]))
+    """The levels of a window while it is denoised, a row per step: the first and the last frame are given.
+    Fewer steps and more noise than by default, to show more."""
+    sampler = sample.Sampler(sample.parse(["--steps=4"]))
     frames = torch.arange(n_frames)[None] * gap
     sky = data.SkyWorld(data.SPLITS["test"] + world)
     latents = sampler.vae("encode", sky.video(frames[0]))[None]
@@ -30,8 +31,7 @@ def levels(n_frames=5, gap=8, world=0):
     walk, rows, labels = sampler.schedule.levels(sampler.args.steps), [], []
     for step in range(len(walk)):        # before the first step: noise
         x = sample.denoise_window(sampler.model.unet, sampler.schedule, latents, frames, new, text, start,
-                                  walk[:step + 1], sampler.args.guidance_scale,
-                                  temperature=sampler.args.temperature)
+                                  walk[:step + 1])
         rows.append(data.to_pixels(sampler.vae("decode", x[0])))
         level = f"t = {walk[step]}" if walk[step] >= 0 else "clean"
         labels.append([level if mark else "given, t = 0" for mark in new[0]])

@@ -265,7 +265,7 @@ def test_the_preset_of_the_weights_fills_in_what_the_command_line_leaves_out(res
     monkeypatch.setattr(sample, "merge_lora", lambda _, *item: (merged.append(item), (1, []))[1])
     args = sample.parse(["--weights", restless_weights, "--guidance_scale", "2", "--lora", "a.b", "C:c:0.5"])
     sampler = sample.Sampler(args)
-    assert (args.steps, args.guidance_scale, args.temperature, args.aug) == (4, 2, 0.5, "none")
+    assert (args.steps, args.guidance_scale, args.temperature, args.aug) == (8, 2, 0.1, "none")
     assert sampler.schedule.levels(4) == [999, 749, 499, 249, -1] and merged == [("a.b", 1.0), ("C:c", 0.5)]
 
 
@@ -405,9 +405,9 @@ def test_truth_measured_against_itself_is_perfect():
 def test_a_balloon_that_left_the_picture_is_not_lost():
     """It counts while all of it is inside; after that nothing more is asked of it."""
     world = next(w for w in map(data.SkyWorld, range(99)) if w.pace == "fast")
-    assert "balloon" in world.caption(0) and "balloon" not in world.caption(240)
-    video = (world.video(np.arange(241)) + 1) / 2
-    assert evaluate.persistence(video, world, part=36) == 1
+    assert "balloon" in world.caption(0) and "balloon" not in world.caption(400)
+    video = (world.video(np.arange(401)) + 1) / 2
+    assert evaluate.persistence(video, world, part=60) == 1
 
 
 def degraded(kind, video, world):
