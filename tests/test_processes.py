@@ -105,10 +105,10 @@ def test_two_machines_share_messages_only_and_resume_exactly(tmp_path, little_we
 @pytest.mark.parametrize("n, argv, words", [
     (3, ["--pipeline"], "pairs of processes, found 3"), (4, [], "6 cannot be shared by 4"),
     (4, ["--pipeline", "--batch_size", "3"], "3 cannot be shared by 2")])
-def test_runs_that_cannot_be_shared_say_why(n, argv, words):
+def test_runs_that_cannot_be_shared_say_why(tmp_path, n, argv, words):
     """In one sentence, before anything is made."""
     with pytest.raises(ValueError, match=words):
-        train.batch_part(train.parse(["--stage", "interp", *argv]), 0, n)
+        train.batch_part(train.parse(["--stage=interp", f"--out={tmp_path / 'run'}", *argv]), 0, n)
 
 
 def test_profile_shows_where_the_time_of_a_step_goes(tmp_path, train_argv, capsys):

@@ -46,9 +46,9 @@ def own_clips(tmp_path_factory):
     return folder
 
 
-def test_short_runs_validate_on_the_way_and_long_ones_not_too_often():
+def test_short_runs_validate_on_the_way_and_long_ones_not_too_often(tmp_path):
     """A learner sees the loss of the first three minutes fall, and not only where it ended."""
-    every = lambda *more: train.parse(["--stage", "interp", *more]).save_every
+    every = lambda *more: train.parse(["--stage=interp", f"--out={tmp_path / 'interp'}", *more]).save_every
     assert every() == 60 and every("--max_steps", "4") == 20 and every("--max_steps", "8000") == 250
     assert every("--save_every", "7") == 7
 
@@ -268,9 +268,9 @@ def test_another_seed_trains_on_other_windows_and_validates_on_the_same(tmp_path
     assert same == [True, False]
 
 
-def test_the_learning_rate_warms_up_and_comes_down_to_zero():
+def test_the_learning_rate_warms_up_and_comes_down_to_zero(tmp_path):
     """A line up over 50 steps, half a cosine down to 0 at the last step, never above the peak."""
-    args = train.parse(["--stage", "vae", "--max_steps", "500", "--learning_rate", "1"])
+    args = train.parse(["--stage=vae", "--max_steps=500", "--learning_rate=1", f"--out={tmp_path / 'vae'}"])
     rates = [train.get_learning_rate(step, args) for step in range(501)]
     assert rates[0] < 0.021 and max(rates) < 1 and rates.index(max(rates)) == 49 and rates[500] < 1e-6
     assert rates[49:] == sorted(rates[49:], reverse=True)
