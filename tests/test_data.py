@@ -527,7 +527,7 @@ def test_clouds_drift_as_the_caption_says():
     """Edges in the upper half of a frame match an earlier frame best when the wind has moved them."""
     for world in [w for w in map(SkyWorld, range(60)) if w.pace == "slow" and w.cover == "many"]:
         world.colours, world.lamps = [], lambda frames: np.full((2, len(frames), 2), 9.0)    # only clouds
-        upper = world.video([0, 25])[:, :, :32]                         # 25 frames x 0.08 pixels = 2 pixels
+        upper = world.video([0, 25])[:, :, :32]                        # 25 frames x 0.08 pixels = 2 pixels
         edges = upper - upper.roll(1, 3)
         match = [(edges[:, 0].roll(shift, 2) * edges[:, 1]).sum() for shift in range(-8, 9)]
         assert int(np.argmax(match)) - 8 == round(world.wind * 25 * 64)
@@ -535,8 +535,8 @@ def test_clouds_drift_as_the_caption_says():
 
 
 def test_balloons_follow_the_wind_keep_apart_and_are_where_the_tracks_say():
-    """They begin whole inside the picture, never hide each other, show their own colour where the track is and
-    are named while they are there."""
+    """They begin whole inside the picture, never hide each other, show their own colour where the track is
+    and are named while they are there."""
     world = next(w for w in map(SkyWorld, range(99)) if len(w.colours) == 3)
     tracks, r = world.balloons(np.arange(2000)), data.BALLOON_RADIUS
     assert np.allclose(np.diff(tracks), world.wind) and np.diff(tracks[:, 0]).min() > 2 * r

@@ -104,7 +104,7 @@ def test_a_joint_run_by_three_processes_is_that_by_one(restless_weights, tmp_pat
     """Keyframes in a window that they share, the rest shared out: latents to 1e-5 of the largest."""
     flags = ["--world", "1", "--schedule", "joint", "--max_stride", "4", "--scope", "3", "3", "--aug", "t=50",
              "--steps", "2", "--guidance_scale", "2",
-             "--temperature", "1"]      # the norms divide by the size of the noise, and so enlarge rounding errors
+             "--temperature", "1"]    # the norms divide by the size of the noise: less enlarges rounding
     one = run(tmp_path / "one", restless_weights, *flags)
     finish(start(3, tmp_path / "three", restless_weights, *flags))
     assert contents(one).keys() == contents(tmp_path / "three").keys()
